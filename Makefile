@@ -1,0 +1,42 @@
+# Needs Python 3.11 or later with venv, and make; the rest is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench clean
+
+help: ## Show the targets
+	@sed -n 's/^\([a-z]*\): .*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 8
+
+demo: .venv/.demo ## One MCP session on two worker processes
+	@$(BIN)/python -m examples.demo
+
+test: .venv/.test ## Run the tests; `make test ARGS="-k retry"` passes arguments on
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.lint ## Check style, types and the layers of the package
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo
+
+bench: .venv/.bench ## Measure: handshakes, requests and seconds
+	@$(BIN)/python -m bench $(ARGS)
+
+clean: ## Remove .venv and what the tools leave
+	@rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each dependency group: reinstalled when pyproject.toml has changed.
+.venv/.%: .venv/.pip pyproject.toml
+	@$(BIN)/python -m pip install --quiet --editable . --group $*
+	@touch $@
+
+.PRECIOUS: .venv/.%
+.venv/.pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo '$(PYTHON) is older than Python 3.11: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@touch $@
