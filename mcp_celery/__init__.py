@@ -1,0 +1,33 @@
+"""Celery tasks that share one MCP session across a workflow, on whatever worker each step runs.
+
+Importing this package loads Celery, and neither the MCP SDK nor an HTTP client: those come with the first use of a
+session, in the worker.
+"""
+
+from ._version import __version__
+from .exceptions import (
+    ConfigurationError,
+    MCPCeleryError,
+    SessionError,
+    SessionHandleError,
+    SessionLostError,
+    StoreError,
+    ToolError,
+    TransportError,
+)
+from .handle import SessionHandle
+from .task import MCPTask
+
+__all__ = [
+    "ConfigurationError",
+    "MCPCeleryError",
+    "MCPTask",
+    "SessionError",
+    "SessionHandle",
+    "SessionHandleError",
+    "SessionLostError",
+    "StoreError",
+    "ToolError",
+    "TransportError",
+    "__version__",
+]

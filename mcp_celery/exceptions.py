@@ -1,0 +1,91 @@
+"""What can go wrong, as one tree.
+
+Every class here can be rebuilt from its `args`, because Celery's JSON result backends store nothing else: an error
+raised in a worker is raised as the same class by `AsyncResult.get()`. No text here may hold a session ID, a token or
+the credentials of a URL.
+"""
+
+from typing import Any
+
+
+class MCPCeleryError(Exception):
+    """Base of all errors of this package. `str()` is its first argument."""
+
+    def __init__(self, message: str = "", *details: Any) -> None:
+        super().__init__(message, *details)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ConfigurationError(MCPCeleryError):
+    """Raised when a server is not configured, cannot be used, or an option is wrong. Nothing was sent."""
+
+
+class SessionError(MCPCeleryError):
+    """Raised when a session cannot do what was asked, for instance a call after `close()`."""
+
+
+class SessionLostError(SessionError):
+    """Raised when the server no longer knows the session: it was restarted, or dropped the session as idle.
+
+    Nothing ran at the server for the call that raised it. The session's state is gone; `open()` starts another.
+
+    Attributes:
+        server: The configured name of the server.
+        session: The first 8 hex digits of the SHA-256 of the session ID.
+        status: The HTTP status that told.
+    """
+
+    def __init__(
+        self, message: str = "", server: str | None = None, session: str | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(message, server, session, status)
+        self.server = server
+        self.session = session
+        self.status = status
+
+
+class SessionHandleError(SessionError):
+    """Raised when a handle is unreadable, altered, of another server, or of an unknown version. Nothing was sent."""
+
+
+class ToolError(MCPCeleryError):
+    """Raised when a tool answered `isError` (MCP, Tools, Error Handling).
+
+    Attributes:
+        tool: The name of the tool.
+        structured_content: What the tool gave beside the text, or None.
+    """
+
+    def __init__(
+        self, message: str = "", tool: str | None = None, structured_content: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, tool, structured_content)
+        self.tool = tool
+        self.structured_content = structured_content
+
+
+class TransportError(MCPCeleryError):
+    """Raised when the server could not be reached, broke off, or did not answer in time.
+
+    Whether the request ran is not known, unless *sent* is False. Retry it only where the tool may run twice.
+
+    Attributes:
+        server: The configured name of the server.
+        status: The HTTP status, where there was an answer.
+        sent: False when the request cannot have reached the server.
+    """
+
+    def __init__(
+        self, message: str = "", server: str | None = None, status: int | None = None, sent: bool = True
+    ) -> None:
+        super().__init__(message, server, status, sent)
+        self.server = server
+        self.status = status
+        self.sent = sent
+
+
+class StoreError(MCPCeleryError):
+    """Raised by commands that cannot work without the store. Tasks go on without it."""

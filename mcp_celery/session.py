@@ -1,0 +1,422 @@
+"""MCP sessions that open, resume, call, detach and close: asynchronous, and the synchronous face over the portal.
+
+An `AsyncMCPSession` belongs to one execution of a task and to one event loop. What outlives it in the process (the
+HTTP client, the tool listings) is in `Connections`.
+"""
+
+import asyncio
+import inspect
+import logging
+import ssl
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import anyio
+import httpx2
+import mcp_types as types
+from mcp import Client, MCPError
+from mcp.shared.dispatcher import ProgressFnT
+from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+
+from ._version import __version__
+from .exceptions import MCPCeleryError, SessionError, SessionHandleError, ToolError, TransportError
+from .handle import SessionHandle
+from .http import Endpoint, new_client, split_credentials
+from .settings import ServerSettings
+from .transport import ResumableHTTPTransport, ToolListings
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+#: `(progress, total, message)`; may be asynchronous on an `AsyncMCPSession`.
+ProgressCallback = Callable[[float, float | None, str | None], object]
+
+_CLIENT_INFO = types.Implementation(name="mcp-celery-task", version=__version__)
+
+
+class Connections:
+    """What the sessions of one process share: an HTTP client and the tool listings of each server.
+
+    Lives on one event loop. Building a client loads certificates (35 ms), and its connections stay open.
+    """
+
+    def __init__(self) -> None:
+        self._clients: dict[ServerSettings, tuple[httpx2.AsyncClient, ToolListings]] = {}
+
+    def of(self, settings: ServerSettings) -> tuple[httpx2.AsyncClient, ToolListings]:
+        """Return the client and the listings of a server, made at the first use."""
+        if settings not in self._clients:
+            url, auth = split_credentials(settings.url)
+            client = new_client(
+                url,
+                headers=dict(settings.headers),
+                auth=auth,
+                ssl_context=ssl.create_default_context(cafile=settings.ca_file) if settings.ca_file else None,
+                connect_timeout_seconds=settings.connect_timeout_seconds,
+                read_timeout_seconds=settings.read_timeout_seconds,
+            )
+            self._clients[settings] = client, ToolListings()
+        return self._clients[settings]
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        while self._clients:
+            _, (client, _) = self._clients.popitem()
+            await client.aclose()
+
+
+class AsyncMCPSession:
+    """One MCP session, opened or resumed at the first use.
+
+    Methods and result types are those of the SDK's `mcp.Client`. Where a handle was given, the first call continues
+    its session without a handshake. After `detach` or `close`, and once the server has lost the session, calls raise:
+    only `open()` starts another one.
+
+    Raises (each call):
+        SessionLostError: The server no longer knows the session.
+        TransportError: The server could not be reached, broke off, or did not answer in time.
+        MCPError: The server answered with a JSON-RPC error.
+    """
+
+    def __init__(self, settings: ServerSettings, connections: Connections, handle: SessionHandle | None = None) -> None:
+        if handle is not None and handle.server != settings.name:
+            raise SessionHandleError(
+                f"The session handle is of server {handle.server!r}, and this task uses {settings.name!r}"
+            )
+        self._settings = settings
+        self._connections = connections
+        self._given = handle
+        self._transport: ResumableHTTPTransport | None = None
+        self._client: Client | None = None
+        self._owner: asyncio.Task[None] | None = None
+        self._leave: asyncio.Event | None = None
+        self._lock = anyio.Lock()
+        self._ended: str | None = None
+        self._requests_before = 0
+
+    # -- What is known of the session
+
+    @property
+    def server(self) -> str:
+        """The server's name in `mcp_servers`, or its URL without credentials."""
+        return self._settings.name
+
+    @property
+    def session_id(self) -> str | None:
+        """The server's `Mcp-Session-Id`, read live. A secret.
+
+        None before the session is open, after it was closed, detached or lost, and for a server without sessions.
+        """
+        return self._transport.session_id if self._transport is not None and self._is_open else None
+
+    @property
+    def handle(self) -> SessionHandle | None:
+        """What continues the session elsewhere; None before it is open and once it has ended."""
+        if self._ended is not None:
+            return None
+        return self._transport.handle if self._transport is not None else self._given
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the session came with a handle, so another task opened it."""
+        return self._given is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the session was opened or resumed here and has not ended."""
+        return self._is_open
+
+    @property
+    def requests_sent(self) -> int:
+        """How many HTTP requests this object has sent."""
+        return self._requests_before + (self._transport.requests_sent if self._transport is not None else 0)
+
+    @property
+    def protocol_version(self) -> str | None:
+        """The negotiated protocol version; None before the session is open."""
+        return self._client.protocol_version if self._client is not None else None
+
+    @property
+    def server_info(self) -> types.Implementation | None:
+        """The server's name and version; None before the session is open, or where the server does not say."""
+        return self._client.server_info if self._client is not None else None
+
+    @property
+    def server_capabilities(self) -> types.ServerCapabilities | None:
+        """What the server offers; None before the session is open."""
+        return self._client.server_capabilities if self._client is not None else None
+
+    @property
+    def _is_open(self) -> bool:
+        return self._client is not None and self._ended is None
+
+    def __repr__(self) -> str:
+        state = self._ended or ("open" if self._is_open else "not open yet")
+        handle = self.handle
+        return f"<{type(self).__name__} {self.server} {handle.short_id if handle else None} {state}>"
+
+    # -- Life
+
+    async def open(self) -> None:
+        """Open the session, or resume the one that was given; nothing where it is open. Resuming sends nothing.
+
+        Called after the session has ended (`close`, `detach`, or lost at the server), it starts a new one.
+
+        Raises:
+            TransportError: The server could not be reached.
+        """
+        async with self._lock:
+            if self._is_open and not self._is_lost:
+                return
+            if self._ended is not None or self._is_lost:
+                await self._drop()
+                self._given = self._ended = None
+            await self._enter()
+
+    async def detach(self) -> SessionHandle:
+        """Leave the session alive at the server and disown it: return its handle. The task will not close it.
+
+        Raises:
+            SessionError: There is no session to detach.
+        """
+        async with self._lock:
+            handle = self.handle
+            if handle is None:
+                raise SessionError(f"There is no session of server {self.server!r} to detach; open() one first")
+            await self._drop()
+            self._ended = "detached"
+            return handle
+
+    async def close(self) -> None:
+        """End the session at the server. Nothing where it has ended, or was never opened and none was given.
+
+        Raises:
+            TransportError: The server could not be reached; it will drop the session as idle.
+        """
+        async with self._lock:
+            if self._ended is not None:
+                return
+            if self._transport is None and self._given is not None:
+                self._transport = self._new_transport()
+            transport = self._transport
+            self._ended = "closed"
+            try:
+                if transport is not None and not self._is_lost:
+                    await transport.terminate()
+            finally:
+                await self._drop()
+
+    async def release(self) -> None:
+        """Drop this end without a word to the server, at the end of a task. Calls raise from here on."""
+        async with self._lock:
+            await self._drop()
+            self._ended = self._ended or "released"
+
+    # -- Calls
+
+    @property
+    def client(self) -> Client:
+        """The SDK's `mcp.Client` on this session.
+
+        Raises:
+            SessionError: The session is not open.
+        """
+        if self._client is None or self._ended is not None:
+            raise SessionError(f"The session of server {self.server!r} is not open; await open() first")
+        return self._client
+
+    async def call_tool(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it cancels at the server as well, and is the fixed name
+        on_progress: ProgressCallback | None = None,
+        raise_on_error: bool = True,
+    ) -> types.CallToolResult:
+        """Call a tool.
+
+        Args:
+            name: The tool.
+            arguments: Its arguments.
+            timeout: Seconds for the whole call; then it is cancelled at the server and the session stays usable.
+            on_progress: Called with `(progress, total, message)` for each progress notification.
+            raise_on_error: Raise `ToolError` where the tool answers `isError`; otherwise return that answer.
+
+        Raises:
+            ToolError: The tool answered `isError`.
+        """
+        _, listings = self._connections.of(self._settings)
+        listings.expect(name)
+
+        async def call(client: Client) -> types.CallToolResult:
+            try:
+                return await client.call_tool(name, arguments, progress_callback=_as_coroutine(on_progress))
+            except RuntimeError:
+                # The SDK found the output at odds with the listed schema, which may be an old one.
+                listings.drop()
+                raise
+
+        result = await self._ask(f"tool {name!r}", call, timeout)
+        if result.is_error and raise_on_error:
+            raise ToolError(_text_of(result) or f"Tool {name!r} failed", name, result.structured_content)
+        return result
+
+    async def list_tools(self, *, cursor: str | None = None) -> types.ListToolsResult:
+        """List the tools, always from the server. `next_cursor` of the result continues."""
+        _, listings = self._connections.of(self._settings)
+        if cursor is None:
+            listings.drop()
+        return await self._ask("tools/list", lambda client: client.list_tools(cursor=cursor, cache_mode="refresh"))
+
+    async def list_resources(self, *, cursor: str | None = None) -> types.ListResourcesResult:
+        """List the resources. `next_cursor` of the result continues."""
+        return await self._ask("resources/list", lambda client: client.list_resources(cursor=cursor))
+
+    async def list_resource_templates(self, *, cursor: str | None = None) -> types.ListResourceTemplatesResult:
+        """List the resource templates. `next_cursor` of the result continues."""
+        return await self._ask("resources/templates/list", lambda client: client.list_resource_templates(cursor=cursor))
+
+    async def read_resource(self, uri: str) -> types.ReadResourceResult:
+        """Read a resource."""
+        return await self._ask(f"resource {uri!r}", lambda client: client.read_resource(uri))
+
+    async def list_prompts(self, *, cursor: str | None = None) -> types.ListPromptsResult:
+        """List the prompts. `next_cursor` of the result continues."""
+        return await self._ask("prompts/list", lambda client: client.list_prompts(cursor=cursor))
+
+    async def get_prompt(self, name: str, arguments: dict[str, str] | None = None) -> types.GetPromptResult:
+        """Get a prompt."""
+        return await self._ask(f"prompt {name!r}", lambda client: client.get_prompt(name, arguments))
+
+    async def complete(
+        self,
+        ref: types.ResourceTemplateReference | types.PromptReference,
+        argument: dict[str, str],
+        context_arguments: dict[str, str] | None = None,
+    ) -> types.CompleteResult:
+        """Complete an argument of a prompt or resource template: `argument` is `{"name": ..., "value": ...}`."""
+        return await self._ask("completion/complete", lambda client: client.complete(ref, argument, context_arguments))
+
+    # -- Within
+
+    @property
+    def _is_lost(self) -> bool:
+        return self._transport is not None and self._transport.lost is not None
+
+    async def _ask(self, what: str, call: Callable[[Client], Awaitable[T]], timeout_seconds: float | None = None) -> T:
+        if self._ended is not None:
+            raise SessionError(
+                f"The session of server {self.server!r} was {self._ended} by this task; open() starts a new one"
+            )
+        with self._translated(what, timeout_seconds):
+            with anyio.fail_after(timeout_seconds):
+                if not self._is_open:
+                    await self.open()
+                return await call(self.client)
+
+    @contextmanager
+    def _translated(self, what: str, timeout_seconds: float | None) -> Iterator[None]:
+        try:
+            yield
+        except MCPError as exc:
+            # The transport puts its own error into the place that a JSON-RPC error has for data.
+            if isinstance(exc.data, MCPCeleryError):
+                raise exc.data from exc.data.__cause__
+            if exc.code == types.CONNECTION_CLOSED and exc.message == "Connection closed":
+                raise TransportError(f"The connection to server {self.server!r} was closed", self.server) from exc
+            raise
+        except TimeoutError as exc:
+            text = f"Server {self.server!r} did not answer to {what} within {timeout_seconds:g} s; it was cancelled"
+            raise TransportError(text, self.server) from exc
+
+    def _new_transport(self) -> ResumableHTTPTransport:
+        client, listings = self._connections.of(self._settings)
+        cookies = self._given.cookies if self._given is not None else None
+        url, _ = split_credentials(self._settings.url)
+        endpoint = Endpoint(url, client, name=self.server, cookies=cookies)
+        return ResumableHTTPTransport(endpoint, handle=self._given, listings=listings, listen=self._settings.listen)
+
+    def _new_client(self, transport: ResumableHTTPTransport) -> Client:
+        """Return the SDK's client in the mode that asks the server least."""
+        if self._given is None:
+            return Client(transport, client_info=_CLIENT_INFO)
+        if not self._given.is_stateless_era:
+            return Client(transport, client_info=_CLIENT_INFO, mode="legacy")
+        discovered = types.DiscoverResult.model_validate(dict(self._given.negotiated), by_name=False)
+        mode = next(
+            version for version in reversed(MODERN_PROTOCOL_VERSIONS) if version in discovered.supported_versions
+        )
+        return Client(transport, client_info=_CLIENT_INFO, mode=mode, prior_discover=discovered)
+
+    async def _enter(self) -> None:
+        """Enter the client in a task of its own, which also leaves it: the SDK's scopes may not change tasks."""
+        transport = self._new_transport()
+        client = self._new_client(transport)
+        leave = asyncio.Event()
+        entered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def own() -> None:
+            try:
+                async with client:
+                    entered.set_result(None)
+                    await leave.wait()
+            except BaseException as exc:
+                if entered.done():
+                    raise
+                cause = _first_leaf(exc)
+                if isinstance(cause, asyncio.CancelledError):
+                    entered.cancel()
+                    raise
+                entered.set_exception(cause)
+
+        owner = asyncio.create_task(own(), name=f"mcp_celery session of {self.server}")
+        try:
+            with self._translated("initialize", None):
+                await asyncio.shield(entered)
+        except BaseException:
+            owner.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(asyncio.wait([owner]))
+            if entered.done() and not entered.cancelled():
+                entered.exception()  # mark as retrieved
+            self._requests_before += transport.requests_sent
+            raise
+        self._transport, self._client, self._owner, self._leave = transport, client, owner, leave
+
+    async def _drop(self) -> None:
+        """Leave the client and keep the session at the server."""
+        owner, leave = self._owner, self._leave
+        if self._transport is not None:
+            self._requests_before += self._transport.requests_sent
+        self._transport = self._client = self._owner = self._leave = None
+        if owner is not None and leave is not None:
+            leave.set()
+            await asyncio.wait([owner])
+            if not owner.cancelled() and (exc := owner.exception()) is not None:
+                logger.debug("Leaving the session of server %r: %s", self.server, type(exc).__name__)
+
+
+def _as_coroutine(callback: ProgressCallback | None) -> ProgressFnT | None:
+    if callback is None:
+        return None
+
+    async def report(progress: float, total: float | None = None, message: str | None = None) -> None:
+        outcome = callback(progress, total, message)
+        if inspect.isawaitable(outcome):
+            await outcome
+
+    return report
+
+
+def _text_of(result: types.CallToolResult) -> str:
+    return "\n".join(block.text for block in result.content if isinstance(block, types.TextContent))
+
+
+def _first_leaf(exc: BaseException) -> BaseException:
+    """Return what went wrong first: the SDK's task groups wrap it, once for each."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return exc

@@ -1,0 +1,210 @@
+"""`self.mcp`: the synchronous face of a session, for task functions."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from .exceptions import SessionError
+from .portal import Caller, Portal, get_portal, in_loop_thread
+
+if TYPE_CHECKING:
+    import mcp_types as types
+
+    from .handle import SessionHandle
+    from .session import AsyncMCPSession, Connections, ProgressCallback
+    from .settings import ServerSettings
+
+T = TypeVar("T")
+
+#: The HTTP clients of each event loop. Weak: they go with their portal.
+_connections: "WeakKeyDictionary[Portal, Connections]" = WeakKeyDictionary()
+
+
+def new_session(
+    settings: "ServerSettings",
+    handle: "SessionHandle | None" = None,
+    sibling: "Callable[[str], MCPSession] | None" = None,
+) -> "MCPSession":
+    """Return a session on this process's event loop, which starts at the first use. Sends nothing.
+
+    Raises:
+        SessionHandleError: The handle is of another server.
+    """
+    from .session import AsyncMCPSession, Connections  # noqa: PLC0415 - publishing a task must not load the MCP SDK
+
+    portal = get_portal()
+    connections = _connections.get(portal)
+    if connections is None:
+        connections = _connections.setdefault(portal, Connections())
+        portal.on_close(connections.aclose)
+    return MCPSession(AsyncMCPSession(settings, connections, handle), portal, sibling)
+
+
+class MCPSession:
+    """An MCP session, opened or resumed at the first call. Methods and result types are those of the SDK's client.
+
+    Each call waits, in the task's thread, for the process's event loop; see `AsyncMCPSession` for what each does.
+    `on_progress` is called in the task's thread. Interrupting the task cancels the call, also at the server.
+    """
+
+    def __init__(
+        self,
+        session: "AsyncMCPSession",
+        portal: Portal,
+        sibling: "Callable[[str], MCPSession] | None" = None,
+    ) -> None:
+        self._session = session
+        self._portal = portal
+        self._sibling = sibling
+
+    def __getitem__(self, server: str) -> "MCPSession":
+        """Return the session of another server of the task, by its name."""
+        if self._sibling is None:
+            raise SessionError("This session stands alone: it belongs to no task with several servers")
+        return self._sibling(server)
+
+    def __repr__(self) -> str:
+        return repr(self._session).replace("AsyncMCPSession", "MCPSession", 1)
+
+    @property
+    def server(self) -> str:
+        """The server's name in `mcp_servers`, or its URL without credentials."""
+        return self._session.server
+
+    @property
+    def session_id(self) -> str | None:
+        """The server's `Mcp-Session-Id`, read live. A secret.
+
+        None before the session is open, after it was closed, detached or lost, and for a server without sessions.
+        """
+        return self._session.session_id
+
+    @property
+    def handle(self) -> "SessionHandle | None":
+        """What continues the session elsewhere; None before it is open and once it has ended."""
+        return self._session.handle
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the session came with a handle, so another task opened it."""
+        return self._session.resumed
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the session was opened or resumed here and has not ended."""
+        return self._session.is_open
+
+    @property
+    def requests_sent(self) -> int:
+        """How many HTTP requests this task has sent to the server."""
+        return self._session.requests_sent
+
+    @property
+    def protocol_version(self) -> str | None:
+        """The negotiated protocol version; None before the session is open."""
+        return self._session.protocol_version
+
+    @property
+    def server_info(self) -> "types.Implementation | None":
+        """The server's name and version; None before the session is open, or where the server does not say."""
+        return self._session.server_info
+
+    @property
+    def server_capabilities(self) -> "types.ServerCapabilities | None":
+        """What the server offers; None before the session is open."""
+        return self._session.server_capabilities
+
+    def open(self) -> None:
+        """Open the session, or resume the one that was given. After its end, start a new one."""
+        self._call(self._session.open)
+
+    def detach(self) -> "SessionHandle":
+        """Leave the session alive at the server, disown it, and return its handle. The task will not close it."""
+        return self._call(self._session.detach)
+
+    def close(self) -> None:
+        """End the session at the server."""
+        self._call(self._session.close)
+
+    def release(self) -> None:
+        """Drop this end without a word to the server. Calls raise from here on."""
+        self._call(self._session.release)
+
+    def call_tool(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        on_progress: "ProgressCallback | None" = None,
+        raise_on_error: bool = True,
+    ) -> "types.CallToolResult":
+        """Call a tool and return its result.
+
+        Args:
+            name: The tool.
+            arguments: Its arguments.
+            timeout: Seconds for the whole call; then it is cancelled at the server and the session stays usable.
+            on_progress: Called with `(progress, total, message)` for each progress notification, in this thread.
+            raise_on_error: Raise `ToolError` where the tool answers `isError`; otherwise return that answer.
+
+        Raises:
+            ToolError: The tool answered `isError`.
+            SessionLostError: The server no longer knows the session.
+            TransportError: The server could not be reached, broke off, or did not answer in time.
+            MCPError: The server answered with a JSON-RPC error.
+        """
+        caller = Caller()
+
+        def report(progress: float, total: float | None, message: str | None) -> None:
+            if on_progress is not None:
+                caller.run(partial(on_progress, progress, total, message))
+
+        call = partial(
+            self._session.call_tool,
+            name,
+            arguments,
+            timeout=timeout,
+            on_progress=report if on_progress is not None else None,
+            raise_on_error=raise_on_error,
+        )
+        return self._call(call, caller)
+
+    def list_tools(self, *, cursor: str | None = None) -> "types.ListToolsResult":
+        """List the tools, always from the server. `next_cursor` of the result continues."""
+        return self._call(partial(self._session.list_tools, cursor=cursor))
+
+    def list_resources(self, *, cursor: str | None = None) -> "types.ListResourcesResult":
+        """List the resources. `next_cursor` of the result continues."""
+        return self._call(partial(self._session.list_resources, cursor=cursor))
+
+    def list_resource_templates(self, *, cursor: str | None = None) -> "types.ListResourceTemplatesResult":
+        """List the resource templates. `next_cursor` of the result continues."""
+        return self._call(partial(self._session.list_resource_templates, cursor=cursor))
+
+    def read_resource(self, uri: str) -> "types.ReadResourceResult":
+        """Read a resource."""
+        return self._call(partial(self._session.read_resource, uri))
+
+    def list_prompts(self, *, cursor: str | None = None) -> "types.ListPromptsResult":
+        """List the prompts. `next_cursor` of the result continues."""
+        return self._call(partial(self._session.list_prompts, cursor=cursor))
+
+    def get_prompt(self, name: str, arguments: dict[str, str] | None = None) -> "types.GetPromptResult":
+        """Get a prompt."""
+        return self._call(partial(self._session.get_prompt, name, arguments))
+
+    def complete(
+        self,
+        ref: "types.ResourceTemplateReference | types.PromptReference",
+        argument: dict[str, str],
+        context_arguments: dict[str, str] | None = None,
+    ) -> "types.CompleteResult":
+        """Complete an argument of a prompt or resource template: `argument` is `{"name": ..., "value": ...}`."""
+        return self._call(partial(self._session.complete, ref, argument, context_arguments))
+
+    def _call(self, function: Callable[[], Awaitable[T]], caller: Caller | None = None) -> T:
+        if in_loop_thread():
+            raise SessionError("self.mcp waits for the event loop, so it cannot be used in a coroutine")
+        return self._portal.call(function, caller=caller)

@@ -1,0 +1,63 @@
+"""What MCP tasks need of a worker: requests that keep handles to themselves, and the end of the event loop."""
+
+import logging
+import re
+from typing import Any
+
+from celery.app.task import Context
+from celery.signals import worker_process_shutdown, worker_shutdown
+from celery.worker.request import Request
+
+from .exceptions import SessionHandleError
+from .portal import close_portal
+from .workflow import KEY, read_handles
+
+#: Celery prints whole messages there: at DEBUG what goes to the pool, at ERROR a message whose task is not registered.
+_MESSAGE_LOGGERS = ("celery.pool", "celery.worker.consumer.consumer")
+_FROM_HANDLE_ON = re.compile(rf"{KEY}.*", re.DOTALL)
+
+
+class MCPRequest(Request):
+    """A worker's request whose arguments, as `celery inspect` and results show them, hold no session ID."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kwargs: dict[str, Any]
+        self.mcp_session = self._kwargs.get(KEY)
+        if self.mcp_session is not None:
+            self._kwargs = self._request_dict["kwargs"] = {**self._kwargs, KEY: _shown(self.mcp_session)}
+
+    @property
+    def _context(self) -> Context:
+        """The context of failures and retries in the main process, which resume the session."""
+        context = self.__dict__.get("mcp_context")
+        if context is None:
+            context = self.mcp_context = super()._context
+            context.kwargs = {key: value for key, value in context.kwargs.items() if key != KEY}
+            context.mcp_session = self.mcp_session
+        return context
+
+
+def _shown(value: object) -> list[str]:
+    """What the worker's main process shows of a `mcp_session`. A bad one fails in its task, not here."""
+    try:
+        return [repr(handle) for handle in read_handles(value)]
+    except SessionHandleError:
+        return ["<unreadable session handle>"]
+
+
+def _cut_handles(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    if KEY in text:
+        record.msg, record.args = _FROM_HANDLE_ON.sub(f"{KEY} ... (left out: it holds a session ID)", text), ()
+    return True
+
+
+for _name in _MESSAGE_LOGGERS:
+    logging.getLogger(_name).addFilter(_cut_handles)
+
+
+@worker_process_shutdown.connect
+@worker_shutdown.connect
+def _close_portal(**_: object) -> None:
+    close_portal()
