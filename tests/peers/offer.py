@@ -1,0 +1,121 @@
+"""What the Python test servers offer: the same on both generations of the SDK, which this module runs on."""
+
+import secrets
+from collections import defaultdict
+from typing import Any
+
+import anyio
+from mcp.server.streamable_http import EventCallback, EventMessage, EventStore
+from mcp.types import Completion, JSONRPCMessage
+
+try:
+    from mcp.server.mcpserver import Context
+    from mcp.server.mcpserver.exceptions import ToolError
+except ImportError:  # mcp 1.x
+    from mcp.server.fastmcp import Context
+    from mcp.server.fastmcp.exceptions import ToolError
+
+
+class Replay(EventStore):
+    """Keeps every event in memory, as an example server does: one store for all sessions.
+
+    The SDK names a stream after its JSON-RPC request ID alone, so sessions that use the same IDs share streams.
+    """
+
+    def __init__(self) -> None:
+        self._events: list[tuple[str, JSONRPCMessage | None]] = []
+
+    async def store_event(self, stream_id: str, message: JSONRPCMessage | None) -> str:
+        self._events.append((stream_id, message))
+        return str(len(self._events))
+
+    async def replay_events_after(self, last_event_id: str, send_callback: EventCallback) -> str | None:
+        """Send what came after *last_event_id* on its stream; the SDK then attaches the caller to what is to come."""
+        if not (last_event_id.isdecimal() and 0 < int(last_event_id) <= len(self._events)):
+            return None
+        position = int(last_event_id)
+        stream_id = self._events[position - 1][0]
+        while position < len(self._events):
+            stream, message = self._events[position]
+            position += 1
+            if stream == stream_id and message is not None:
+                await send_callback(EventMessage(message, str(position)))
+        return stream_id
+
+
+def offer(server: Any) -> None:
+    """Register the tools, resources, prompt and completion that every test server has."""
+    _offer_state(server)
+    _offer_work(server)
+    _offer_texts(server)
+
+
+def _offer_state(server: Any) -> None:
+    sessions: dict[str, dict[str, str]] = defaultdict(dict)
+
+    def variables(ctx: Context) -> dict[str, str]:
+        session_id = ctx.request_context.request.headers.get("mcp-session-id")
+        return sessions[session_id] if session_id else {}
+
+    @server.tool()
+    async def set_variable(name: str, value: str, ctx: Context) -> str:
+        variables(ctx)[name] = value
+        return "set"
+
+    @server.tool()
+    async def get_variable(name: str, ctx: Context) -> str:
+        try:
+            return variables(ctx)[name]
+        except KeyError:
+            raise ToolError(f"{name} is not set in this session") from None
+
+
+def _offer_work(server: Any) -> None:
+    executed = 0
+
+    @server.tool()
+    async def echo(text: str) -> str:
+        """Return *text* after up to 20 ms, so that calls that overlap end out of order."""
+        await anyio.sleep(secrets.randbelow(20) / 1000)
+        return text
+
+    @server.tool()
+    async def add(a: int, b: int) -> int:
+        return a + b
+
+    @server.tool()
+    async def slow(steps: int, seconds: float, ctx: Context) -> str:
+        """Take *steps* steps of *seconds* each and report progress after each."""
+        nonlocal executed
+        executed += 1
+        for step in range(1, steps + 1):
+            await anyio.sleep(seconds)
+            await ctx.report_progress(step, steps, f"step {step}")
+        return "done"
+
+    @server.tool()
+    async def executions() -> int:
+        """How many times `slow` was started in this process."""
+        return executed
+
+    @server.tool()
+    async def fail() -> str:
+        raise ToolError("it failed")
+
+
+def _offer_texts(server: Any) -> None:
+    @server.resource("note://hello")
+    async def hello() -> str:
+        return "hello"
+
+    @server.resource("note://people/{name}")
+    async def person(name: str) -> str:
+        return f"a note on {name}"
+
+    @server.prompt()
+    async def greet(name: str) -> str:
+        return f"Greet {name}."
+
+    @server.completion()
+    async def complete(_ref: Any, argument: Any, _context: Any) -> Completion:
+        return Completion(values=[name for name in ("Ada", "Alan", "Grace") if name.startswith(argument.value)])
