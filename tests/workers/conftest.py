@@ -1,0 +1,100 @@
+"""Two workers on one recorded server, for all tests here that need no more."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from peers.recorder import Recorder
+from processes import wait_until
+from worker_process import Worker
+
+HERE = Path(__file__).parent
+
+
+class Project:
+    """The app as a publisher sees it, and two workers that run it: `a` and `b`, each with a queue, and one for both."""
+
+    def __init__(self, app_module, workers, recorder):
+        self.tasks = app_module
+        self.app = app_module.app
+        self.workers = workers
+        self.recorder = recorder
+        self._marks = {}
+
+    def begin(self):
+        """Forget what was recorded and logged so far."""
+        self.recorder.clear()
+        self._marks = {worker.name: len(worker.log()) for worker in self.workers}
+
+    def logs(self):
+        """What the workers have logged since `begin`, by name."""
+        return {worker.name: worker.log()[self._marks.get(worker.name, 0) :] for worker in self.workers}
+
+    def run(self, signature, timeout=15):
+        """Send a workflow and return its result, once the session of its last step has ended."""
+        return signature.apply_async().get(timeout=timeout)
+
+    def sessions_closed(self, count=1):
+        """Wait until *count* DELETEs have been answered; return the names of all requests."""
+        self.recorder.wait_for(lambda _: self.deleted() >= count)
+        return self.recorder.methods()
+
+    def deleted(self):
+        return sum(exchange.method == "DELETE" and exchange.ended is not None for exchange in self.recorder.exchanges)
+
+    def idle(self):
+        """Wait until no worker has anything to do."""
+        inspect = self.app.control.inspect(timeout=0.3)
+
+        def is_idle():
+            active, reserved = inspect.active() or {}, inspect.reserved() or {}
+            return len(active) == len(self.workers) and not any([*active.values(), *reserved.values()])
+
+        wait_until(is_idle, 20, "the workers to be idle")
+
+
+def start_project(peer_url, broker, folder, environment=None, options=()):
+    """Start two workers of `project` on the server at *peer_url*; the module is imported here as well."""
+    env = {"BROKER": broker, "PEER": peer_url, **(environment or {})}
+    workers = [
+        Worker(
+            "project",
+            name,
+            "-Q",
+            f"{name},common",
+            "-E",
+            *options,
+            folder=HERE,
+            log_path=folder / f"{name}.log",
+            env=env,
+        )
+        for name in ("a", "b")
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        patch.syspath_prepend(str(HERE))
+        sys.modules.pop("project", None)
+        return importlib.import_module("project"), workers
+
+
+@pytest.fixture(scope="session")
+def peer_project(session_peers, valkey_server, tmp_path_factory):
+    peer = session_peers.shared("python", "--event-store")
+    with Recorder(peer.url) as recorder:
+        broker = f"{valkey_server.connection_url}/1"
+        module, workers = start_project(recorder.url, broker, tmp_path_factory.mktemp("workers"))
+        yield Project(module, workers, recorder)
+        for worker in workers:
+            worker.stop()
+        module.app.close()
+
+
+@pytest.fixture
+def project(peer_project):
+    """Two idle workers, and a recorder that has seen nothing yet. What they log is shown with a failure."""
+    peer_project.begin()
+    yield peer_project
+    for name, log in peer_project.logs().items():
+        print(f"--- worker {name}\n{log}")

@@ -1,0 +1,284 @@
+"""The app that the workers of these tests run. Everything that differs comes from the environment."""
+
+import os
+from functools import partial
+
+from celery import Celery, chain
+from celery.exceptions import Ignore, Reject
+from pydantic import BaseModel
+
+from mcp_celery import MCPTask, SessionLostError, TransportError
+
+app = Celery("project", broker=os.environ["BROKER"], backend=os.environ["BROKER"])
+app.conf.update(
+    mcp_servers={
+        "peer": {"url": os.environ["PEER"]},
+        "nowhere": {"url": "http://127.0.0.1:9/mcp", "connect_timeout_seconds": 2},
+        "local": {"command": "npx", "args": ["some-server"]},
+    },
+    peer_kind=os.environ.get("PEER_KIND", ""),
+    result_extended=True,
+    task_track_started=True,
+    worker_send_task_events=True,
+    task_send_sent_event=True,
+    task_default_queue="common",
+    worker_prefetch_multiplier=1,
+    task_serializer=os.environ.get("SERIALIZER", "json"),
+    accept_content=["json", os.environ.get("SERIALIZER", "json")],
+    broker_connection_retry_on_startup=True,
+    broker_transport_options={"socket_keepalive": True},
+)
+
+
+# Tests import this module once for each pair of workers, and shared tasks would meet their namesakes.
+task = partial(app.task, shared=False)
+
+
+class PeerTask(MCPTask):
+    mcp_server = "peer"
+
+
+def row(task, **more):
+    """What a step of a workflow tells of itself."""
+    return {
+        "worker": task.request.hostname,
+        "pid": os.getpid(),
+        "session": task.mcp.handle.short_id if task.mcp.handle else None,
+        "resumed": task.mcp.resumed,
+        "requests": task.mcp.requests_sent,
+        **more,
+    }
+
+
+@task(base=PeerTask, bind=True)
+def remember(self, rows, name, value):
+    """Set a variable of the session."""
+    self.mcp.call_tool("set_variable", {"name": name, "value": value})
+    return [*rows, row(self)]
+
+
+@task(base=PeerTask, bind=True)
+def recall(self, rows, name):
+    """Read a variable of the session."""
+    text = self.mcp.call_tool("get_variable", {"name": name}).content[0].text
+    return [*rows, row(self, value=text)]
+
+
+@task(base=PeerTask, bind=True)
+def echoes(self, rows):
+    """Call the one tool that every server has."""
+    name, argument = ("echo", "message" if "everything" in self.app.conf.peer_kind else "text")
+    text = self.mcp.call_tool(name, {argument: str(len(rows))}).content[0].text
+    return [*rows, row(self, text=text, session_id=self.mcp.session_id and "set")]
+
+
+@task(base=PeerTask, bind=True)
+def add(self, a, b):
+    return int(self.mcp.call_tool("add", {"a": a, "b": b}).content[0].text)
+
+
+@task(base=PeerTask, bind=True)
+def idle(self, value):
+    """An MCP task that makes no call."""
+    return value
+
+
+@task()
+def plus_one(value):
+    return value + 1
+
+
+@task()
+def tag(rows):
+    return [*rows, "plain"]
+
+
+@task()
+def nothing():
+    return None
+
+
+class Point(BaseModel):
+    x: int
+    y: int
+
+
+@task(base=PeerTask, bind=True, pydantic=True)
+def shift(self, point: Point, by: int) -> Point:
+    x = self.mcp.call_tool("add", {"a": point.x, "b": by}).structured_content["result"]
+    return Point(x=x, y=point.y)
+
+
+@task(base=PeerTask, bind=True, max_retries=3, default_retry_delay=0)
+def flaky(self, value, failures):
+    """Use the session, then ask for a retry until *failures* of them were made."""
+    self.mcp.call_tool("echo", {"text": f"attempt {self.request.retries}"})
+    if self.request.retries < failures:
+        raise self.retry(exc=RuntimeError("not yet"))
+    return value
+
+
+@task(
+    base=PeerTask, bind=True, autoretry_for=(RuntimeError,), retry_backoff=False, default_retry_delay=0, max_retries=2
+)
+def auto_flaky(self, value, failures):
+    self.mcp.call_tool("echo", {"text": "x"})
+    if self.request.retries < failures:
+        raise RuntimeError("not yet")
+    return value
+
+
+@task(base=PeerTask, bind=True)
+def replaced_by_task(self, value):
+    self.mcp.call_tool("set_variable", {"name": "replaced", "value": "yes"})
+    return self.replace(add.s(value, 10))
+
+
+@task(base=PeerTask, bind=True)
+def replaced_by_chain(self, value):
+    self.mcp.call_tool("set_variable", {"name": "replaced", "value": "yes"})
+    return self.replace(chain(add.s(value, 10), plus_one.s(), add.s(100)))
+
+
+@task(base=PeerTask, bind=True)
+def replaced_by_plain(self, value):
+    self.mcp.call_tool("echo", {"text": "x"})
+    return self.replace(plus_one.s(value))
+
+
+@task(base=PeerTask, bind=True)
+def fails(self, value):
+    self.mcp.call_tool("echo", {"text": "x"})
+    raise ValueError(value)
+
+
+@task(base=PeerTask, bind=True)
+def fails_in_tool(self):
+    self.mcp.call_tool("fail")
+
+
+@task(base=PeerTask, bind=True)
+def ignores(self):
+    self.mcp.call_tool("echo", {"text": "x"})
+    raise Ignore
+
+
+@task(base=PeerTask, bind=True, acks_late=True)
+def rejects_once(self, rows):
+    """Give the message back the first time."""
+    self.mcp.call_tool("echo", {"text": "x"})
+    if not self.request.delivery_info["redelivered"]:
+        raise Reject("again", requeue=True)
+    return [*rows, row(self)]
+
+
+@task(base=PeerTask, bind=True)
+def keeps(self):
+    """Open a session, leave it alive, and return its handle, as one who stores it would."""
+    self.mcp.call_tool("set_variable", {"name": "kept", "value": "yes"})
+    return self.mcp.detach().dumps()
+
+
+@task(base=PeerTask, bind=True)
+def keeps_after_close(self):
+    self.mcp.call_tool("echo", {"text": "x"})
+    first = self.mcp.session_id is not None
+    self.mcp.close()
+    return [first, self.mcp.session_id, self.mcp.handle]
+
+
+@task(base=PeerTask, bind=True)
+def sees_handle(self, mcp_session=None):
+    return None if mcp_session is None else mcp_session.short_id
+
+
+@task(base=PeerTask, bind=True)
+def loses(self, rows):
+    """Go on after the session was lost, without a new one."""
+    try:
+        self.mcp.call_tool("echo", {"text": "x"})
+    except SessionLostError as exc:
+        return [*rows, str(exc)]
+    return rows
+
+
+@task(base=MCPTask, bind=True, mcp_server="nowhere")
+def unreachable(self):
+    self.mcp.call_tool("echo", {"text": "x"})
+
+
+@task(
+    base=MCPTask,
+    bind=True,
+    mcp_server="nowhere",
+    autoretry_for=(TransportError,),
+    max_retries=2,
+    default_retry_delay=0,
+    retry_backoff=False,
+)
+def reaches_in_the_end(self):
+    """The server moves to where it is, at the second attempt."""
+    if self.request.retries:
+        self.app.conf.mcp_servers["nowhere"] = {"url": os.environ["PEER"]}
+    return [self.mcp.call_tool("echo", {"text": "here"}).content[0].text, self.request.retries]
+
+
+@task(base=MCPTask, bind=True, mcp_server="local")
+def uses_stdio(self):
+    self.mcp.call_tool("echo", {"text": "x"})
+
+
+@task(base=MCPTask, bind=True, mcp_server="unknown")
+def uses_unknown(self):
+    self.mcp.call_tool("echo", {"text": "x"})
+
+
+@task(base=MCPTask, bind=True, mcp_server=os.environ["PEER"])
+def by_url(self, value):
+    return self.mcp.call_tool("echo", {"text": value}).content[0].text
+
+
+class Recall(MCPTask):
+    """A class-based task."""
+
+    name = "project.Recall"
+    mcp_server = "peer"
+
+    def run(self, rows, name):
+        return [*rows, self.mcp.call_tool("get_variable", {"name": name}).content[0].text]
+
+
+Recall = app.register_task(Recall())
+
+
+@task(base=PeerTask, bind=True)
+def slow(self, steps, seconds):
+    """Return what the progress callback saw, and where it ran."""
+    seen = []
+    self.mcp.call_tool(
+        "slow",
+        {"steps": steps, "seconds": seconds},
+        on_progress=lambda progress, total, message: seen.append([progress, total, message, self.request.id]),
+    )
+    return seen
+
+
+@task(base=PeerTask, bind=True)
+def overlapping(self, prefix, count):
+    """Make *count* calls at once over one session; return those that got somebody else's answer."""
+    import threading
+
+    mcp, wrong = self.mcp, []
+
+    def call(number):
+        text = f"{prefix}-{number}"
+        answer = mcp.call_tool("echo", {"text": text}).content[0].text
+        if answer != text:
+            wrong.append([text, answer])
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong

@@ -1,0 +1,145 @@
+"""The main job on every kind of server, in every pool and through every serializer that is supported here."""
+
+from itertools import pairwise
+
+import pytest
+from celery import chain
+from conftest import Project, start_project
+from processes import wait_until
+from test_chain import CALL, HANDSHAKE, calls_and_handshake, on
+
+from mcp_celery.settings import ServerSettings
+from mcp_celery.sync_session import new_session
+
+SERVERS = [
+    ("python",),
+    ("python", "--json"),
+    ("python", "--event-store"),
+    ("python", "--protocol-version", "2025-03-26"),
+    ("python", "--protocol-version", "2025-06-18"),
+    ("python1",),
+    ("python1", "--event-store"),
+    ("typescript",),
+    ("typescript", "--event-store"),
+]
+
+
+@pytest.fixture
+def start(start_peer, record, valkey_server, tmp_path):
+    """`start(peer, environment=None, options=())` returns a project of its own, its workers with all warnings on."""
+    projects = []
+
+    def start(peer, environment=None, options=()):
+        recorder = record(start_peer(*peer).url)
+        broker = f"{valkey_server.connection_url}/3"
+        module, workers = start_project(
+            recorder.url,
+            broker,
+            tmp_path,
+            {"PEER_KIND": peer[0], "PYTHONWARNINGS": "default", **(environment or {})},
+            options,
+        )
+        projects.append(Project(module, workers, recorder))
+        return projects[-1]
+
+    yield start
+    for project in projects:
+        for worker in project.workers:
+            worker.kill()
+        project.app.close()
+
+
+def chain_keeps_its_session(project):
+    t = project.tasks
+    rows = project.run(on(chain(t.remember.s([], "x", "1"), t.recall.s("x"), t.recall.s("x")), "a", "b", "a"))
+    assert [row["worker"][0] for row in rows] == ["a", "b", "a"]
+    assert len({row["session"] for row in rows}) == 1
+    assert [row["value"] for row in rows[1:]] == ["1", "1"]
+    assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, *[CALL] * 3, "DELETE"]
+    return rows
+
+
+@pytest.mark.parametrize("server", SERVERS, ids=" ".join)
+def test_a_chain_over_two_workers_keeps_its_session(start, server):
+    chain_keeps_its_session(start(server))
+
+
+def test_a_chain_keeps_its_session_on_server_everything(start):
+    project = start(("everything",))
+    t = project.tasks
+    rows = project.run(on(chain(t.echoes.s([]), t.echoes.s(), t.echoes.s()), "a", "b", "a"))
+    assert len({row["session"] for row in rows}) == 1
+    assert [row["text"] for row in rows] == ["Echo: 0", "Echo: 1", "Echo: 2"]
+    assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, *[CALL] * 3, "DELETE"]
+
+
+@pytest.mark.parametrize(
+    ("options", "handshake"),
+    [(("--stateless",), HANDSHAKE), (("--modern-only",), ["POST initialize", "POST server/discover"])],
+    ids=["stateless", "modern-only"],
+)
+def test_a_server_without_sessions_is_negotiated_with_once(start, options, handshake):
+    project = start(("python", *options))
+    t = project.tasks
+    rows = project.run(on(chain(t.echoes.s([]), t.echoes.s(), t.echoes.s()), "a", "b", "a"))
+    assert [row["session_id"] for row in rows] == [None, None, None]
+    assert [row["resumed"] for row in rows] == [False, True, True]
+    project.idle()
+    assert calls_and_handshake(project.recorder.methods()) == [*handshake, *[CALL] * 3]
+
+
+@pytest.mark.parametrize("serializer", ["pickle", "msgpack"])
+def test_handles_travel_in_other_serializers(start, serializer):
+    project = start(("python",), {"SERIALIZER": serializer, "C_FORCE_ROOT": "1"})
+    rows = chain_keeps_its_session(project)
+    assert len(rows) == 3
+    t = project.tasks
+    steps = chain(t.remember.s([], "x", "1"), t.tag.s(), t.recall.s("x"))
+    assert project.run(on(steps, "a", "b", "a"))[2]["value"] == "1"
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads"])
+def test_the_pool_makes_no_difference(start, pool):
+    project = start(("python",), options=("-P", pool, "-c", "2"))
+    chain_keeps_its_session(project)
+
+
+def test_children_that_are_replaced_after_each_task_keep_the_session(start):
+    project = start(("python",), options=("-P", "prefork", "-c", "1", "--max-tasks-per-child", "1"))
+    t = project.tasks
+    steps = chain(t.remember.s([], "x", "1"), *[t.recall.s("x") for _ in range(5)])
+    rows = project.run(on(steps, "a", "b", "a", "b", "a", "b"))
+    assert len({row["pid"] for row in rows}) == 6
+    assert len({row["session"] for row in rows}) == 1
+    assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, *[CALL] * 6, "DELETE"]
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo", "threads"])
+def test_a_worker_that_used_sessions_shuts_down_cleanly(start, pool):
+    project = start(("python",), options=("-P", pool, "-c", "2"))
+    chain_keeps_its_session(project)
+    project.idle()
+    for worker in project.workers:
+        worker.stop(timeout=20)
+        assert not worker.running
+        assert worker.returncode == 0
+        for word in ("Traceback", "ResourceWarning", "RuntimeWarning", "never awaited", "was destroyed", "Unclosed"):
+            assert word not in worker.log()
+
+
+def test_two_workers_on_one_session_never_see_each_others_answers(start):
+    project = start(("python",))
+    t = project.tasks
+    session = new_session(ServerSettings(name="peer", url=project.recorder.url))
+    session.open()
+    handle = session.handle
+    runs = [t.overlapping.apply_async((queue, 300), {"mcp_session": handle}, queue=queue) for queue in ("a", "b")]
+    assert [run.get(timeout=60) for run in runs] == [[], []]
+    calls = [exchange for exchange in project.recorder.exchanges if exchange.rpc_method == "tools/call"]
+    assert len(calls) == 600
+    assert len({exchange.rpc_id for exchange in calls}) == 600
+    assert {exchange.session_id for exchange in calls} == {handle.session_id}
+    spans = sorted((exchange.started, exchange.ended) for exchange in calls)
+    assert any(later[0] < earlier[1] for earlier, later in pairwise(spans))
+    session.release()
+    wait_until(lambda: project.deleted() >= 1, 10, "the end of the session")
