@@ -74,10 +74,10 @@ class MCPTask(Task):
         """Execute the task, for a worker or as a plain function call; then its sessions go on or end."""
         if not self.request.called_directly and _execution(self.request) is None:
             return self._execute(args, kwargs)
-        # Called as a function, perhaps within another execution of this very task.
-        handles = kwargs.pop(KEY, None)
-        self.push_request(args=args, kwargs=kwargs)
-        self.request.mcp_session = handles
+        # Called as a function, perhaps within another execution of this very task, whose request would be copied.
+        given = kwargs.pop(KEY, None)
+        self.push_request(args=args, kwargs=kwargs, called_directly=True, callbacks=None, chain=None, chord=None)
+        self.request.mcp_session = given
         try:
             return self._execute(args, kwargs)
         finally:
@@ -160,11 +160,14 @@ class MCPTask(Task):
             execution.hand_on()
         return retry
 
-    def replace(self, sig: Any) -> Any:
-        """Replace the task, as Celery does; the replacement gets the session."""
+    def on_replace(self, sig: Any) -> Any:
+        """Replace the task, as Celery does; the replacement gets the session.
+
+        Celery has put into *sig* by now what followed this task, and the task IDs.
+        """
         if (execution := _execution(self.request)) is not None:
             execution.bind_replacement(sig)
-        return super().replace(sig)
+        return super().on_replace(sig)
 
 
 class Execution:
@@ -230,13 +233,8 @@ class Execution:
             self._settle(lambda binder: binder.bind_ahead(self._request))
 
     def bind_replacement(self, signature: Signature) -> None:
-        """Pass each session on to the replacement and, where that does not carry it, to what follows this task."""
-
-        def bind(binder: Binder) -> None:
-            if not binder.bind(signature):
-                binder.bind_ahead(self._request)
-
-        self._settle(bind)
+        """Pass each session on to what replaces this task, or end it where nothing there takes one."""
+        self._settle(lambda binder: binder.bind(signature))
         self.hand_on()
 
     def hand_on(self) -> None:
@@ -265,7 +263,7 @@ class Execution:
         for session in self._sessions.values():
             session.release()
 
-    def _settle(self, bind: Callable[[Binder], None]) -> None:
+    def _settle(self, bind: Callable[[Binder], object]) -> None:
         for handle in self.handles():
             binder = Binder(handle, self._is_mcp_task)
             bind(binder)

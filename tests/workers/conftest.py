@@ -22,6 +22,13 @@ class Project:
         self.recorder = recorder
         self._marks = {}
 
+    def close(self):
+        """Kill the workers, and close what the publisher has open."""
+        for worker in self.workers:
+            worker.kill()
+        self.app.backend.result_consumer.stop()
+        self.app.close()
+
     def begin(self):
         """Forget what was recorded and logged so far."""
         self.recorder.clear()
@@ -85,10 +92,9 @@ def peer_project(session_peers, valkey_server, tmp_path_factory):
     with Recorder(peer.url) as recorder:
         broker = f"{valkey_server.connection_url}/1"
         module, workers = start_project(recorder.url, broker, tmp_path_factory.mktemp("workers"))
-        yield Project(module, workers, recorder)
-        for worker in workers:
-            worker.stop()
-        module.app.close()
+        project = Project(module, workers, recorder)
+        yield project
+        project.close()
 
 
 @pytest.fixture

@@ -188,6 +188,15 @@ def keeps_after_close(self):
 
 
 @task(base=PeerTask, bind=True)
+def calls_itself(self, rows, depth):
+    """Call this task as a function from within, which opens a session of its own."""
+    self.mcp.call_tool("echo", {"text": "x"})
+    if depth:
+        rows = self(rows, depth - 1)
+    return [*rows, row(self)]
+
+
+@task(base=PeerTask, bind=True)
 def sees_handle(self, mcp_session=None):
     return None if mcp_session is None else mcp_session.short_id
 

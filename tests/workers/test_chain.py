@@ -155,6 +155,15 @@ def test_a_replacement_task_continues_the_session(project):
     assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, *[CALL] * 3, "DELETE"]
 
 
+def test_a_replacement_at_the_end_gives_the_result_of_the_task_it_replaced(project):
+    t = project.tasks
+    assert project.run(t.replaced_by_task.s(1)) == 11
+    assert project.run(t.replaced_by_chain.s(1)) == 112
+    assert project.run(chain(t.add.s(1, 1), t.replaced_by_chain.s())) == 113
+    names = calls_and_handshake(project.sessions_closed(3))
+    assert (names.count("POST initialize"), names.count("DELETE")) == (3, 3)
+
+
 def test_a_replacement_chain_continues_the_session(project):
     t = project.tasks
     assert project.run(on(chain(t.replaced_by_chain.s(1), t.add.s(1)), "a", "b")) == 113

@@ -97,6 +97,15 @@ def test_a_task_called_as_a_function_has_a_session_of_its_own(project):
     assert calls_and_handshake(project.recorder.methods()) == [*HANDSHAKE, CALL, "DELETE"]
 
 
+def test_a_task_that_calls_itself_as_a_function_keeps_both_sessions_apart(project):
+    t = project.tasks
+    rows = project.run(on(chain(t.calls_itself.s([], 1), t.remember.s("x", "1")), "a", "b"))
+    inner, outer, following = rows
+    assert inner["session"] != outer["session"] == following["session"]
+    names = project.sessions_closed(2)
+    assert (names.count("POST initialize"), names.count("DELETE")) == (2, 2)
+
+
 def test_arguments_are_still_checked_when_publishing(project, kept):
     with pytest.raises(TypeError, match="name"):
         project.tasks.recall.apply_async(([],), {"mcp_session": kept})

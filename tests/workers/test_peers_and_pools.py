@@ -44,9 +44,7 @@ def start(start_peer, record, valkey_server, tmp_path):
 
     yield start
     for project in projects:
-        for worker in project.workers:
-            worker.kill()
-        project.app.close()
+        project.close()
 
 
 def chain_keeps_its_session(project):

@@ -21,9 +21,9 @@ def loud_project(start_peer, valkey_server, tmp_path):
         module, workers = start_project(
             recorder.url, f"{valkey_server.connection_url}/2", tmp_path, options=("-l", "DEBUG")
         )
-        yield Project(module, workers, recorder)
-        for worker in workers:
-            worker.kill()
+        project = Project(module, workers, recorder)
+        yield project
+        project.close()
 
 
 class Events(threading.Thread):
