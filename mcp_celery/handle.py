@@ -37,7 +37,7 @@ class SessionHandle:
         session_id: `Mcp-Session-Id` as the server gave it; None for a server without sessions.
         negotiated: The result of `initialize` (or of `server/discover`), as JSON.
         cookies: Name to value; a load balancer may pin the session by them.
-        shared: More than one branch of a workflow holds the session and nobody counts them, so no task closes it.
+        shared: More than one branch of a workflow holds the session, so only the last of its holders ends it.
     """
 
     server: str
@@ -50,6 +50,11 @@ class SessionHandle:
     def short_id(self) -> str | None:
         """The first 8 hex digits of the SHA-256 of the session ID, or None without one. Safe to show."""
         return None if self.session_id is None else short_hash(self.session_id)
+
+    @property
+    def key(self) -> str:
+        """What a store calls the session: a hash of its ID, long enough to be unique."""
+        return hashlib.sha256((self.session_id or "").encode()).hexdigest()[:32]
 
     @property
     def protocol_version(self) -> str | None:

@@ -8,15 +8,15 @@ import atexit
 import os
 import queue
 import threading
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    import asyncio
 
 T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 #: How long an interrupted call may take to clean up on the loop (a cancellation sent to the server, for instance).
 CLEAN_UP_SECONDS = 6.0
@@ -32,55 +32,65 @@ class Caller:
         """Have *function* run in the waiting thread, soon. Runs in the loop's thread; returns at once."""
         self._inbox.put(function)
 
+    def done(self) -> None:
+        """End `serve`, after everything that was asked for before."""
+        self._inbox.put(None)
+
     def serve(self) -> None:
         """Run what arrives, in order, until `done`. Runs in the waiting thread."""
         while (function := self._inbox.get()) is not None:
             function()
 
-    def done(self) -> None:
-        """End `serve`, after everything that was asked for before."""
-        self._inbox.put(None)
+    def wait(self, seconds: float) -> None:
+        """Run nothing any more, and wait for `done`, *seconds* at most."""
+        deadline = time.monotonic() + seconds
+        with suppress(queue.Empty):
+            while self._inbox.get(timeout=max(0.0, deadline - time.monotonic())) is not None:
+                pass
 
 
 class Portal:
     """One thread with one event loop."""
 
     def __init__(self) -> None:
-        from anyio.from_thread import start_blocking_portal  # noqa: PLC0415 - publishing a task must not load anyio
+        # Here, because a process that only publishes tasks is to load neither.
+        import asyncio  # noqa: PLC0415
+
+        from anyio.from_thread import start_blocking_portal  # noqa: PLC0415
 
         self._stack = ExitStack()
         self._portal = self._stack.enter_context(start_blocking_portal("asyncio", name="mcp_celery"))
-        self._on_close: list[Callable[[], Awaitable[object]]] = []
+        self._loop = self._portal.call(asyncio.get_running_loop)
+        self._on_close: list[Callable[[], Coroutine[Any, Any, object]]] = []
 
-    def call(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, caller: Caller | None = None) -> T:
-        """Run `await function(*args)` on the loop and wait for it.
+    def call(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
+        """Run `await function()` on the loop and wait for it. Context variables go along.
 
         Where the waiting thread is interrupted (SoftTimeLimitExceeded, SystemExit, KeyboardInterrupt, raised by a
         signal handler or by something that *caller* ran), the coroutine is cancelled and given `CLEAN_UP_SECONDS`
         to end; then the interruption goes on.
         """
         caller = caller or Caller()
-        ended = threading.Event()
+        started: list[asyncio.Task[T]] = []
 
-        async def run() -> T:
-            try:
-                return await function(*args)
-            finally:
-                ended.set()
+        def start() -> None:
+            task = self._loop.create_task(function())
+            started.append(task)
+            task.add_done_callback(lambda _: caller.done())
 
-        future: Future[T] | None = None
+        def cancel() -> None:
+            started[0].cancel()
+
+        self._loop.call_soon_threadsafe(start)
         try:
-            future = self._portal.start_task_soon(run)
-            future.add_done_callback(lambda _: caller.done())
             caller.serve()
-            return future.result()
         except BaseException:
-            if future is not None and not future.done():
-                future.cancel()
-                ended.wait(CLEAN_UP_SECONDS)
+            self._loop.call_soon_threadsafe(cancel)  # in the loop's queue after start
+            caller.wait(CLEAN_UP_SECONDS)
             raise
+        return started[0].result()
 
-    def on_close(self, function: Callable[[], Awaitable[object]]) -> None:
+    def on_close(self, function: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Have `await function()` run on the loop when the portal closes; the last added first."""
         self._on_close.append(function)
 
@@ -137,7 +147,7 @@ def is_running() -> bool:
 
 def in_loop_thread() -> bool:
     """Whether the calling thread runs an event loop, where waiting for the portal would be a deadlock."""
-    import asyncio  # noqa: PLC0415 - a publisher does not need it
+    import asyncio  # noqa: PLC0415 - as above
 
     try:
         asyncio.get_running_loop()

@@ -18,6 +18,7 @@ import mcp_types as types
 from mcp import Client, MCPError
 from mcp.shared.dispatcher import ProgressFnT
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+from pydantic import ValidationError
 
 from ._version import __version__
 from .exceptions import MCPCeleryError, SessionError, SessionHandleError, ToolError, TransportError
@@ -328,6 +329,12 @@ class AsyncMCPSession:
             if exc.code == types.CONNECTION_CLOSED and exc.message == "Connection closed":
                 raise TransportError(f"The connection to server {self.server!r} was closed", self.server) from exc
             raise
+        except ValidationError as exc:
+            if what == "initialize" and self._given is not None:
+                raise SessionHandleError("The session handle holds no result of a handshake that can be read") from exc
+            raise TransportError(
+                f"Server {self.server!r} answered to {what} with what is not MCP", self.server
+            ) from exc
         except TimeoutError as exc:
             text = f"Server {self.server!r} did not answer to {what} within {timeout_seconds:g} s; it was cancelled"
             raise TransportError(text, self.server) from exc

@@ -47,6 +47,15 @@ class ServerSettings:
     listen: bool = False
 
 
+#: How Celery writes the URLs of Redis, and how redis-py does.
+_REDIS_SCHEMES = {
+    "redis://": "redis://",
+    "rediss://": "rediss://",
+    "valkey://": "redis://",
+    "redis+socket://": "unix://",
+    "unix://": "unix://",
+}
+
 _OPTIONS = tuple(option.name for option in fields(ServerSettings) if option.name != "name")
 
 
@@ -65,6 +74,23 @@ def server_settings(conf: Conf, server: str) -> ServerSettings:
         return _checked(server_name(server), {"url": server})
     known = ", ".join(sorted(map(str, servers))) or "none"
     raise ConfigurationError(f"MCP server {server!r} is not in mcp_servers (configured: {known}) and is not a URL")
+
+
+def store_url(conf: Conf) -> str | None:
+    """Return the URL of the Redis or Valkey that counts holders, as redis-py writes it, or None without one.
+
+    `mcp_store_url` names it; an empty text means none. By default it is the result backend's, else the broker's.
+    """
+    named = conf.get("mcp_store_url")
+    candidates = [conf.get("result_backend"), conf.get("broker_url")] if named is None else [named]
+    for url in candidates:
+        for scheme, redis_scheme in _REDIS_SCHEMES.items():
+            if isinstance(url, str) and url.startswith(scheme):
+                # Celery writes CERT_REQUIRED where redis-py has required.
+                return redis_scheme + url.removeprefix(scheme).replace("ssl_cert_reqs=CERT_", "ssl_cert_reqs=")
+    if named:
+        raise ConfigurationError("mcp_store_url starts with redis://, rediss:// or redis+socket://")
+    return None
 
 
 def _checked(name: str, options: object) -> ServerSettings:

@@ -1,6 +1,6 @@
 """`self.mcp`: the synchronous face of a session, for task functions."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -204,7 +204,7 @@ class MCPSession:
         """Complete an argument of a prompt or resource template: `argument` is `{"name": ..., "value": ...}`."""
         return self._call(partial(self._session.complete, ref, argument, context_arguments))
 
-    def _call(self, function: Callable[[], Awaitable[T]], caller: Caller | None = None) -> T:
+    def _call(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
         if in_loop_thread():
             raise SessionError("self.mcp waits for the event loop, so it cannot be used in a coroutine")
-        return self._portal.call(function, caller=caller)
+        return self._portal.call(function, caller)

@@ -2,23 +2,28 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import Task
 from celery.exceptions import Ignore, Reject, Retry
-from celery.signals import task_prerun
+from celery.signals import task_failure, task_prerun, worker_process_shutdown, worker_shutdown
 
-from .exceptions import ConfigurationError, MCPCeleryError, SessionHandleError
+from .exceptions import ConfigurationError, MCPCeleryError, SessionHandleError, StoreError
 from .handle import SessionHandle
-from .settings import server_name, server_settings
+from .portal import close_portal
+from .settings import server_name, server_settings, store_url
+from .store import RedisStore, Store
 from .sync_session import MCPSession, new_session
-from .worker import MCPRequest
-from .workflow import KEY, Binder, Signature, read_handles, shown
+from .workflow import KEY, Canvas, Signature, bind, carried, read_handles, shown
 
 logger = logging.getLogger(__name__)
+
+#: What a worker's main process says of a task whose own process is gone, or was ended by it.
+_FAILED_FROM_OUTSIDE = (Terminated, TimeLimitExceeded, WorkerLostError)
 
 
 class MCPTask(Task):
@@ -46,7 +51,7 @@ class MCPTask(Task):
     mcp_servers: tuple[str, ...] = ()
 
     # Keeps handles out of what `celery inspect` and a result of a lost worker show.
-    Request = f"{MCPRequest.__module__}:{MCPRequest.__qualname__}"
+    Request = "mcp_celery.worker:MCPRequest"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -176,7 +181,7 @@ class Execution:
     Belongs to `self.request`, so to one thread.
     """
 
-    def __init__(self, task: MCPTask, handles: Iterable[SessionHandle]) -> None:
+    def __init__(self, task: Task, handles: Iterable[SessionHandle]) -> None:
         self._task = task
         self._request = task.request
         #: By server: what came with the message. Sessions of servers that this task does not use are passed on.
@@ -230,11 +235,11 @@ class Execution:
     def succeed(self) -> None:
         """Pass each session on to what comes next, or end it where nothing does."""
         if not self._is_handed_on:
-            self._settle(lambda binder: binder.bind_ahead(self._request))
+            self._settle(_canvas(self._task).ahead_of(self._request))
 
     def bind_replacement(self, signature: Signature) -> None:
         """Pass each session on to what replaces this task, or end it where nothing there takes one."""
-        self._settle(lambda binder: binder.bind(signature))
+        self._settle(_canvas(self._task).within(signature))
         self.hand_on()
 
     def hand_on(self) -> None:
@@ -263,30 +268,61 @@ class Execution:
         for session in self._sessions.values():
             session.release()
 
-    def _settle(self, bind: Callable[[Binder], object]) -> None:
+    def _settle(self, following: Sequence[Signature]) -> None:
         for handle in self.handles():
-            binder = Binder(handle, self._is_mcp_task)
-            bind(binder)
-            if not binder.bound:
-                self._end(handle)
-            elif len(binder.bound) > 1 and not handle.shared:
-                _warn_of_fan_out(handle.server)
-                bind(Binder(replace(handle, shared=True), self._is_mcp_task))
+            bound = bind(handle, following)
+            if handle.shared:
+                self._pass_on(handle, [self._request.id], bound)
+            elif not bound:
+                self._close(handle)
+            elif len(bound) > 1:
+                shared = replace(handle, shared=True)
+                self._pass_on(shared, [], bind(shared, following))
 
     def _end(self, handle: SessionHandle) -> None:
+        """This execution needs the session no more, and nothing follows that could."""
         if handle.shared:
+            hopeless = dict(carried(_canvas(self._task).hopeless_after(self._request)))
+            self._pass_on(handle, [self._request.id, *hopeless.get(handle, ())], [])
+        else:
+            self._close(handle)
+
+    def end_carried(self, handle: SessionHandle, holders: Sequence[str]) -> None:
+        """End a session that was bound to *holders*, which will never run."""
+        if handle.shared:
+            self._pass_on(handle, holders, [])
+        else:
+            self._close(handle)
+
+    def _pass_on(self, handle: SessionHandle, leaving: Sequence[str], joining: Sequence[str]) -> None:
+        """Count the holders of a session with several branches, and close it after the last one."""
+        if handle.session_id is None:
             return
+        store = _store(store_url(self._task.app.conf))
         try:
-            self._session(self._written(handle.server)).close()
+            holders = None if store is None else store.pass_on(handle.key, leaving, joining)
+        except StoreError as exc:
+            logger.debug("%s", exc)
+            holders = None
+        if holders is None:
+            _warn_of_uncounted(handle.server)
+        elif holders == 0:
+            self._close(handle)
+
+    def _close(self, handle: SessionHandle) -> None:
+        try:
+            session = self._sessions.get(handle.server)
+            if session is None:
+                settings = server_settings(self._task.app.conf, self._written(handle.server))
+                session = self._sessions[handle.server] = new_session(settings, handle)
+            session.close()
         except MCPCeleryError as exc:
             logger.warning("A session is left to the idle timeout of its server: %s", exc)
 
     def _written(self, server: str) -> str:
         """Return how this task's options write *server*: a URL may have credentials there, and not in a handle."""
-        return next((name for name in self._task.server_names() if server_name(name) == server), server)
-
-    def _is_mcp_task(self, name: str) -> bool:
-        return isinstance(self._task.app.tasks.get(name), MCPTask)
+        names = self._task.server_names() if isinstance(self._task, MCPTask) else ()
+        return next((name for name in names if server_name(name) == server), server)
 
 
 @task_prerun.connect
@@ -299,11 +335,44 @@ def _take_handles(task: Task, kwargs: dict[str, Any], **_: object) -> None:
         task.request.mcp_session = kwargs.pop(KEY, None)
 
 
+@task_failure.connect
+def _end_what_was_carried_past(sender: Task, exception: BaseException, **_: object) -> None:
+    """A plain task has failed, and sessions were bound past it: those that they wait for will never run.
+
+    Not in the main process of a worker, which does no MCP I/O and gets this for tasks whose own process is gone.
+    """
+    if isinstance(sender, MCPTask) or isinstance(exception, _FAILED_FROM_OUTSIDE):
+        return
+    canvas = _canvas(sender)
+    waiting = [*canvas.ahead_of(sender.request), *canvas.hopeless_after(sender.request)]
+    for handle, holders in carried(waiting):
+        execution = Execution(sender, [handle])
+        try:
+            execution.end_carried(handle, holders)
+        finally:
+            execution.release()
+
+
+@worker_process_shutdown.connect
+@worker_shutdown.connect
+def _close_portal(**_: object) -> None:
+    close_portal()
+
+
+def _canvas(task: Task) -> Canvas:
+    return Canvas(lambda name: isinstance(task.app.tasks.get(name), MCPTask))
+
+
 @cache
-def _warn_of_fan_out(server: str) -> None:
+def _store(url: str | None) -> Store | None:
+    return None if url is None else RedisStore(url)
+
+
+@cache
+def _warn_of_uncounted(server: str) -> None:
     """Once a process and server."""
     logger.warning(
-        "A session of server %r goes on in several branches of a workflow, and nothing counts who still holds it: "
+        "A session of server %r goes on in several branches of a workflow, and no store counts who still holds it: "
         "it is left to the idle timeout of the server",
         server,
     )

@@ -1,15 +1,13 @@
-"""What MCP tasks need of a worker: requests that keep handles to themselves, and the end of the event loop."""
+"""What a worker's main process shows of MCP tasks: requests and log lines without the session IDs in them."""
 
 import logging
 import re
 from typing import Any
 
 from celery.app.task import Context
-from celery.signals import worker_process_shutdown, worker_shutdown
 from celery.worker.request import Request
 
 from .exceptions import SessionHandleError
-from .portal import close_portal
 from .workflow import KEY, read_handles
 
 #: Celery prints whole messages there: at DEBUG what goes to the pool, at ERROR a message whose task is not registered.
@@ -55,9 +53,3 @@ def _cut_handles(record: logging.LogRecord) -> bool:
 
 for _name in _MESSAGE_LOGGERS:
     logging.getLogger(_name).addFilter(_cut_handles)
-
-
-@worker_process_shutdown.connect
-@worker_shutdown.connect
-def _close_portal(**_: object) -> None:
-    close_portal()

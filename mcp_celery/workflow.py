@@ -1,13 +1,13 @@
 """The canvas ahead of a task: find the next MCP tasks on every path, and bind handles into their signatures.
 
-Celery publishes what follows a task from `request.chain`, `request.callbacks` and `request.chord`, after the task has
-returned and from those same objects. So a handle bound into a signature there is in the next message, and nothing of
-it is in the return value.
+Celery publishes what follows a task from `request.chain` and `request.callbacks`, after the task has returned and from
+those same objects. So a handle bound into a signature there is in the next message, and nothing of it is in the return
+value.
 
 Signatures are taken as the mappings that they are: `{"task", "args", "kwargs", "options", "subtask_type", ...}`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from celery import uuid
@@ -43,85 +43,118 @@ def shown(kwargs: Mapping[str, Any]) -> str:
     return str(saferepr({**kwargs, KEY: read_handles(kwargs[KEY])} if KEY in kwargs else kwargs, 1024))
 
 
-class Binder:
-    """Binds a handle into the next MCP tasks ahead.
+def bind(handle: SessionHandle, signatures: Iterable[Signature]) -> list[str]:
+    """Bind *handle* into *signatures*, and return the task IDs of those that have it now.
 
-    A path is followed up to the first MCP task on it, which binds on in its turn; other tasks pass nothing on, so they
-    are looked past. The body of a chord is bound as well as the header: no member of the header knows which one is
-    last.
+    A signature without an ID (a link) gets one. One that was given another session of the server keeps that.
+    """
+    return [_bind_one(handle, signature) for signature in signatures if _takes(handle, signature)]
 
-    Attributes:
-        bound: The task IDs of the signatures that were bound, in the order in which they were met.
+
+def _takes(handle: SessionHandle, signature: Signature) -> bool:
+    try:
+        present = read_handles(signature["kwargs"].get(KEY))
+    except SessionHandleError:
+        return False  # The user gave this step a bad one, and it will say so when it runs.
+    return all(other.server != handle.server or other.session_id == handle.session_id for other in present)
+
+
+def _bind_one(handle: SessionHandle, signature: Signature) -> str:
+    kwargs, options = signature["kwargs"], signature["options"]
+    others = [other for other in read_handles(kwargs.get(KEY)) if other.server != handle.server]
+    # As plain JSON, which every serializer of Celery takes. A new mapping: cloned signatures may share theirs.
+    kwargs = signature["kwargs"] = {**kwargs, KEY: [other.to_json() for other in (*others, handle)]}
+    # For a worker that publishes this signature without knowing its task.
+    options["kwargsrepr"] = shown(kwargs)
+    if not options.get("task_id"):
+        options["task_id"] = uuid()
+    return str(options["task_id"])
+
+
+def carried(signatures: Iterable[Signature]) -> list[tuple[SessionHandle, list[str]]]:
+    """Return each session that was bound into *signatures* by `bind`, with the IDs of the tasks that it was bound to.
+
+    What a user gave to a step is not among them.
+    """
+    found: dict[str, tuple[SessionHandle, list[str]]] = {}
+    for signature in signatures:
+        value = signature["kwargs"].get(KEY)
+        for handle in read_handles(value) if isinstance(value, list) else []:
+            found.setdefault(handle.key, (handle, []))[1].append(signature["options"]["task_id"])
+    return list(found.values())
+
+
+class Canvas:
+    """Finds the signatures that a session goes on to.
+
+    A path is followed up to the first MCP task on it, which passes the session on in its turn; other tasks pass
+    nothing on, so they are looked past. The body of a chord is found as well as the header: no member of the header
+    knows which one is last.
     """
 
-    def __init__(self, handle: SessionHandle, is_mcp_task: IsMCPTask) -> None:
-        self._handle = handle
+    def __init__(self, is_mcp_task: IsMCPTask) -> None:
         self._is_mcp_task = is_mcp_task
-        self.bound: list[str] = []
 
-    def bind_ahead(self, request: Any) -> None:
-        """Bind into everything that Celery will publish when the task of *request* has succeeded.
+    def ahead_of(self, request: Any) -> list[Signature]:
+        """Return the MCP tasks that come next when the task of *request* has succeeded.
 
-        Not into `request.chord`: the body was bound with the header, by the task before both. A session that one
-        member of the header opened is not the body's.
+        Without the body of its chord, which got its session with the header, from the task before both. A session
+        that one member of a header has opened is not the body's.
         """
+        found: list[Signature] = []
         for callback in _listed(request.callbacks):
-            self.bind(callback)
-        self.bind_sequence(reversed(_listed(request.chain)))
+            self._visit(callback, found)
+        self._visit_in_turn(reversed(_listed(request.chain)), found)
+        return found
 
-    def bind_sequence(self, signatures: Iterable[Signature]) -> bool:
-        """Bind into the first of *signatures* that passes the session on. False where none does."""
-        return any(self.bind(signature) for signature in signatures)
+    def within(self, signature: Signature) -> list[Signature]:
+        """Return the MCP tasks that come first in *signature*, which may be any shape of canvas."""
+        found: list[Signature] = []
+        self._visit(signature, found)
+        return found
 
-    def bind(self, signature: Signature) -> bool:
-        """Bind into *signature*. True where what comes after it will get the session from it."""
+    def hopeless_after(self, request: Any) -> list[Signature]:
+        """Return the MCP tasks that can never run once the task of *request* has failed: at the body of its chord.
+
+        A step of a chain within a header does not know the chord; the last step of that chain does.
+        """
+        found: list[Signature] = []
+        for body in (request.chord, *(step["options"].get("chord") for step in _listed(request.chain))):
+            if isinstance(body, MutableMapping):
+                self._visit(body, found)
+        return found
+
+    def _visit_in_turn(self, signatures: Iterable[Signature], found: list[Signature]) -> bool:
+        return any(self._visit(signature, found) for signature in signatures)
+
+    def _visit(self, signature: Signature, found: list[Signature]) -> bool:
+        """Add to *found*. True where what comes after *signature* will get the session from it."""
         kwargs = signature["kwargs"]
         match signature.get("subtask_type"):
             case "chain":
-                carries = self.bind_sequence(_listed(kwargs["tasks"]))
+                carries = self._visit_in_turn(_listed(kwargs["tasks"]), found)
             case "group":
                 for member in _listed(kwargs["tasks"]):
-                    self.bind(member)
-                # Branches do not merge: what follows a group is bound itself.
+                    self._visit(member, found)
+                # Branches do not merge: what follows a group is found by itself.
                 carries = False
             case "chord":
                 for member in _members(kwargs["header"]):
-                    self.bind(member)
-                carries = kwargs["body"] is not None and self.bind(kwargs["body"])
+                    self._visit(member, found)
+                carries = kwargs["body"] is not None and self._visit(kwargs["body"], found)
             case _ if self._is_mcp_task(signature["task"]):
-                self._bind_task(signature)
+                found.append(signature)
                 return True
             case _:
                 carries = False
-        return self._bind_options(signature) or carries
+        return self._visit_options(signature, found) or carries
 
-    def _bind_task(self, signature: Signature) -> None:
-        others = []
-        try:
-            present = read_handles(signature["kwargs"].get(KEY))
-        except SessionHandleError:
-            return  # The user gave this step a bad one, and it will say so when it runs.
-        for handle in present:
-            if handle.server != self._handle.server:
-                others.append(handle)
-            elif handle.session_id != self._handle.session_id:
-                return  # The user gave this step another session of the server.
-        # As plain JSON, which every serializer of Celery takes. A new mapping: cloned signatures may share theirs.
-        carried = [handle.to_json() for handle in (*others, self._handle)]
-        kwargs = signature["kwargs"] = {**signature["kwargs"], KEY: carried}
-        options = signature["options"]
-        # For a worker that publishes this signature without knowing its task.
-        options["kwargsrepr"] = shown(kwargs)
-        if not options.get("task_id"):
-            options["task_id"] = uuid()
-        self.bound.append(options["task_id"])
-
-    def _bind_options(self, signature: Signature) -> bool:
+    def _visit_options(self, signature: Signature, found: list[Signature]) -> bool:
         """Look past a signature that passes nothing on, to what it was linked with."""
         options = signature.get("options") or {}
         for link in _listed(options.get("link")):
-            self.bind(link)
-        return self.bind_sequence(reversed(_listed(options.get("chain"))))
+            self._visit(link, found)
+        return self._visit_in_turn(reversed(_listed(options.get("chain"))), found)
 
 
 def _listed(value: Any) -> list[Signature]:
@@ -130,9 +163,8 @@ def _listed(value: Any) -> list[Signature]:
     return [value] if isinstance(value, MutableMapping) else list(value)
 
 
-def _members(header: Any) -> Iterator[Signature]:
-    """The members of a chord's header, which is a group or a list."""
+def _members(header: Any) -> list[Signature]:
+    """Return the members of a chord's header, which is a group or a list."""
     if isinstance(header, MutableMapping) and header.get("subtask_type") == "group":
-        yield from _listed(header["kwargs"]["tasks"])
-    else:
-        yield from _listed(header)
+        return _listed(header["kwargs"]["tasks"])
+    return _listed(header)

@@ -9,6 +9,10 @@ from peers.recorder import Recorder
 from processes import wait_until
 from worker_process import Worker
 
+from mcp_celery import SessionHandle
+from mcp_celery.settings import ServerSettings
+from mcp_celery.sync_session import new_session
+
 HERE = Path(__file__).parent
 
 
@@ -49,6 +53,15 @@ class Project:
 
     def deleted(self):
         return sum(exchange.method == "DELETE" and exchange.ended is not None for exchange in self.recorder.exchanges)
+
+    def set_variable(self, session_id, name, value):
+        """Set a variable of a session from outside of all workflows."""
+        info = {"name": "peer", "version": "1"}
+        negotiated = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}, "serverInfo": info}
+        handle = SessionHandle("peer", session_id, negotiated)
+        session = new_session(ServerSettings(name="peer", url=self.recorder.url), handle)
+        session.call_tool("set_variable", {"name": name, "value": value})
+        session.release()
 
     def idle(self):
         """Wait until no worker has anything to do."""

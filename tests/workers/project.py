@@ -17,6 +17,7 @@ app.conf.update(
         "local": {"command": "npx", "args": ["some-server"]},
     },
     peer_kind=os.environ.get("PEER_KIND", ""),
+    mcp_store_url=os.environ.get("STORE"),
     result_extended=True,
     task_track_started=True,
     worker_send_task_events=True,
@@ -89,6 +90,11 @@ def plus_one(value):
 
 
 @task()
+def breaks(value):
+    raise ValueError(f"plain {value}")
+
+
+@task()
 def tag(rows):
     return [*rows, "plain"]
 
@@ -144,6 +150,21 @@ def replaced_by_chain(self, value):
 def replaced_by_plain(self, value):
     self.mcp.call_tool("echo", {"text": "x"})
     return self.replace(plus_one.s(value))
+
+
+@task(base=PeerTask, bind=True)
+def gather(self, parts):
+    """The body of a chord: read a variable that was set before its header."""
+    return [self.mcp.call_tool("get_variable", {"name": "x"}).content[0].text, parts]
+
+
+@task(base=PeerTask, bind=True)
+def waits_for(self, value, name):
+    """Poll a variable of the session until it is set."""
+    for _ in range(500):
+        if not self.mcp.call_tool("get_variable", {"name": name}, raise_on_error=False).is_error:
+            return value
+    raise RuntimeError(f"{name} was not set")
 
 
 @task(base=PeerTask, bind=True)

@@ -216,12 +216,8 @@ def test_workflows_side_by_side_have_sessions_of_their_own(project):
     assert len(project.recorder.session_ids) == 8
 
 
-def test_a_fan_out_without_a_store_keeps_its_session_and_leaves_it_to_the_server(project):
+def test_a_plain_task_that_fails_closes_the_session_that_was_carried_past_it(project):
     t = project.tasks
-    first = t.remember.s([], "x", "1").set(queue="a", link=t.recall.s("x").set(queue="b"))
-    rows = project.run(chain(first, t.recall.s("x").set(queue="a")))
-    assert rows[1]["value"] == "1"
-    project.recorder.wait_for(lambda _: project.recorder.methods().count(CALL) == 3)
-    project.idle()
-    assert calls_and_handshake(project.recorder.methods()) == [*HANDSHAKE, CALL, CALL, CALL]
-    assert "left to the idle timeout of the server" in project.logs()["a"]
+    with pytest.raises(ValueError, match="plain 2"):
+        project.run(on(chain(t.add.s(1, 1), t.breaks.s(), t.plus_one.s(), t.add.s(1)), "a", "b", "a", "b"))
+    assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, CALL, "DELETE"]
