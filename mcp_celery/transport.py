@@ -97,7 +97,7 @@ class ToolListings:
     def put(self, cursor: str | None, page: dict[str, Any]) -> None:
         """Keep a page; the first one starts the listing anew."""
         if cursor is None:
-            self.drop()
+            self._pages.clear()
             self._since = time.monotonic()
         self._pages[cursor] = page
 
@@ -126,8 +126,9 @@ class _Exchange:
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     last_event_id: str | None = None
     pause_seconds: float | None = None
-    #: While a continued stream has said nothing new: how long it may go on like that.
+    #: While a stream is continued: how long it may say nothing new before the server is asked again.
     window: anyio.CancelScope | None = None
+    window_seconds: float = 0.0
     can_resume: bool = True
     is_given_up: bool = False
     answered: bool = False
@@ -372,6 +373,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
 
     async def _post(self, exchange: _Exchange) -> bool:
         """Send the request and read its response. False where the stream broke off and can be resumed."""
+        if self.lost is not None:
+            raise self.lost
         body = _on_wire(exchange)
         headers = self._headers(exchange.metadata, initialize=exchange.request.method == "initialize")
         try:
@@ -403,7 +406,7 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
             return
         refusal = message if isinstance(message, JSONRPCError) else None
         is_handshake = exchange.request.method in {"initialize", "server/discover"}
-        if self.session_id is not None and not is_handshake and _tells_loss(status, refusal):
+        if self._has_session and not is_handshake and _tells_loss(status, refusal):
             raise self._lose(status)
         if refusal is None:
             raise self._failure(f"answered {exchange.request.method} with HTTP {status}", status)
@@ -442,12 +445,15 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         if event.id and event.id != exchange.last_event_id and not exchange.answered:
             exchange.last_event_id = event.id
             if exchange.window is not None:
-                exchange.window.deadline = math.inf
+                exchange.window.deadline = anyio.current_time() + exchange.window_seconds
             if exchange.metadata is not None and exchange.metadata.on_resumption_token_update is not None:
                 await exchange.metadata.on_resumption_token_update(event.id)
 
     async def _accept_event(self, exchange: _Exchange, data: str) -> None:
         message = _parse(data)
+        if message is None and data == "{}" and exchange.wire_id is not None:
+            # server-everything replays all streams of a session, and an event that only gives an ID like this.
+            return
         if message is None:
             exchange.can_resume = False
             raise self._failure(f"sent an event that is not JSON-RPC in answer to {exchange.request.method}")
@@ -456,12 +462,13 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
     async def _accept(self, exchange: _Exchange, message: JSONRPCMessage) -> None:
         """Hand a message of the exchange's stream to the SDK, under the ids that the SDK knows."""
         self._heard(exchange)
+        is_answer = False
         match message:
             case JSONRPCResponse() | JSONRPCError():
                 if message.id is not None and exchange.wire_id not in {None, message.id}:
                     logger.debug("Server %r sent an answer that is not to this request", self._endpoint.name)
                     return
-                exchange.answered = True
+                is_answer = True
                 if isinstance(message, JSONRPCResponse):
                     self._take_result(exchange.request, message.result)
                     message = JSONRPCResponse(jsonrpc="2.0", id=exchange.request.id, result=message.result)
@@ -473,6 +480,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
             case JSONRPCNotification(method="notifications/tools/list_changed") if self._listings is not None:
                 self._listings.drop()
         await self._deliver(message)
+        # Not before: a deadline may strike in between, and an answer that went nowhere has to be asked for again.
+        exchange.answered = exchange.answered or is_answer
 
     def _hint_at_discovery(self, exchange: _Exchange, error: ErrorData) -> ErrorData:
         """A server that refuses the handshake speaks 2026-07-28 only: have the SDK ask it by `server/discover`."""
@@ -509,7 +518,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         while failures < RESUME_ATTEMPTS:
             await anyio.sleep(exchange.pause_seconds if exchange.pause_seconds is not None else _pause(failures))
             before = exchange.last_event_id
-            with anyio.move_on_after(_pause(quiet_windows + 3)) as window:
+            exchange.window_seconds = _pause(quiet_windows + 3)
+            with anyio.move_on_after(exchange.window_seconds) as window:
                 exchange.window = window
                 try:
                     await self._get_rest(exchange)
@@ -520,20 +530,23 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
                     why = str(exc)
             if exchange.answered:
                 return
-            if exchange.last_event_id != before:
+            if window.cancelled_caught:
+                # Also after something new: server-everything gives what its tool has said so far, and then no more.
+                quiet_windows += 1
+            elif exchange.last_event_id != before:
                 # Something new, so this is no failure; but a server that ends each stream is not asked at full speed.
                 failures, quiet_windows = 1, 0
-            elif window.cancelled_caught:
-                quiet_windows += 1
             else:
                 failures += 1
         raise self._failure(f"broke off its response to {exchange.request.method}, and resuming it failed: {why}")
 
     async def _get_rest(self, exchange: _Exchange) -> None:
+        if self.lost is not None:
+            raise self.lost
         headers = {**self._headers(), "last-event-id": exchange.last_event_id or ""}
         async with self._endpoint.stream("GET", headers=headers) as response:
             status = response.status_code
-            if status == httpx2.codes.NOT_FOUND and self.session_id is not None:
+            if status == httpx2.codes.NOT_FOUND and self._has_session:
                 raise self._lose(status)
             if not response.is_success or _media_type(response) != "text/event-stream":
                 raise self._failure(f"cannot resume a response (HTTP {status})", status)
@@ -574,7 +587,7 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         except (TransportError, TimeoutError) as exc:
             logger.debug("A message could not be sent: %s", exc)
             return
-        if self.session_id is not None and _tells_loss(response.status_code, _refusal_in(response, content)):
+        if self._has_session and _tells_loss(response.status_code, _refusal_in(response, content)):
             self._lose(response.status_code)
 
     # -- The standalone stream, where it is asked for
@@ -585,9 +598,11 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
 
     async def _listen_on(self) -> None:
         """Read what the server sends outside of requests. One holder at a time may: 409 and 405 end it quietly."""
+        session_id = self.session_id
         last_event_id: str | None = None
         failures = 0
-        while failures < RESUME_ATTEMPTS:
+        # Not past the end of the session: Python servers open one for a GET that names none.
+        while failures < RESUME_ATTEMPTS and self.session_id == session_id:
             headers = self._headers() | ({"last-event-id": last_event_id} if last_event_id else {})
             pause: float | None = None
             try:
@@ -631,7 +646,14 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
     def _failure(self, what: str, status: int | None = None) -> TransportError:
         return TransportError(f"Server {self._endpoint.name!r} {what}", self._endpoint.name, status)
 
+    @property
+    def _has_session(self) -> bool:
+        """Also true once it is lost: the requests under way all hear of it, and each is told the same."""
+        return self.session_id is not None or self.lost is not None
+
     def _lose(self, status: int) -> SessionLostError:
+        if self.lost is not None:
+            return self.lost
         session = short_hash(self.session_id or "")
         self.lost = SessionLostError(
             f"Server {self._endpoint.name!r} no longer knows session {session} (HTTP {status}): it was restarted or "
@@ -731,10 +753,14 @@ def _refusal_in(response: httpx2.Response, content: bytes) -> JSONRPCError | Non
 
 
 def _on_wire(exchange: _Exchange) -> dict[str, Any]:
-    body: dict[str, Any] = exchange.request.model_dump(by_alias=True, mode="json", exclude_unset=True)
-    body["id"] = exchange.wire_id
-    if exchange.progress_token is not None:
-        body["params"]["_meta"]["progressToken"] = exchange.wire_id
+    """Return the request under its wire id, its parameters as the SDK dumped them."""
+    request = exchange.request
+    body: dict[str, Any] = {"jsonrpc": "2.0", "id": exchange.wire_id, "method": request.method}
+    if request.params is not None:
+        body["params"] = request.params
+        if exchange.progress_token is not None:
+            meta = {**request.params["_meta"], "progressToken": exchange.wire_id}
+            body["params"] = {**request.params, "_meta": meta}
     return body
 
 
