@@ -1,7 +1,7 @@
 """The transport starts from nothing or from a handle, says no more than it must, and leaves the session alive."""
 
 import pytest
-from calls import KINDS, PEERS, echo, is_call, seen, slow, text_of, version_of
+from calls import KINDS, PEERS, echo, eventually, is_call, seen, slow, text_of, version_of
 from mcp import Client, ClientSession
 
 from mcp_celery.exceptions import SessionError, SessionHandleError, TransportError
@@ -279,6 +279,16 @@ async def test_only_one_can_listen_and_the_other_goes_on(recorded_peer, sharing,
             assert text_of(await two.call_tool("echo", {"text": "two"})) == "two"
             assert text_of(await one.call_tool("echo", {"text": "one"})) == "one"
     assert recorder.methods().count("GET") == 2, "a refused stream is not asked for again"
+
+
+async def test_listening_ends_with_the_session(recorded_peer, sharing):
+    recorder = recorded_peer("python")
+    async with Client(transport := sharing(recorder.url, listen=True)):
+        await seen(recorder, lambda exchange: exchange.method == "GET" and exchange.status == 200)
+        await transport.terminate()
+        await seen(recorder, lambda exchange: exchange.method == "GET" and exchange.ended)
+        with pytest.raises(TimeoutError):  # a Python server would open a session for a GET that names none
+            await eventually(lambda: recorder.methods().count("GET") > 1, timeout_seconds=0.3)
 
 
 async def test_a_handle_of_another_server_is_refused_before_anything_is_sent(recorded_peer):
