@@ -20,6 +20,16 @@ def short_hash(session_id: str) -> str:
     return hashlib.sha256(session_id.encode()).hexdigest()[:8]
 
 
+def server_name(server: str) -> str:
+    """Return what handles call *server*: the name itself, or the URL without the parts where secrets stand."""
+    scheme, separator, rest = server.partition("://")
+    if not separator:
+        return server
+    place = rest.partition("#")[0].partition("?")[0]
+    authority, slash, path = place.partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+
+
 def _checksum(body: Mapping[str, Any]) -> str:
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]

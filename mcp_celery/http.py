@@ -62,13 +62,17 @@ def new_client(
     if ssl_context is None:
         is_https = httpx2.URL(url).scheme == "https"
         ssl_context = httpx2.create_ssl_context() if is_https else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    client = httpx2.AsyncClient(
-        headers=dict(headers or {}),
-        auth=auth,
-        verify=ssl_context,
-        timeout=httpx2.Timeout(read_timeout_seconds, connect=connect_timeout_seconds),
-        limits=LIMITS,
-    )
+    try:
+        client = httpx2.AsyncClient(
+            headers=dict(headers or {}),
+            auth=auth,
+            verify=ssl_context,
+            timeout=httpx2.Timeout(read_timeout_seconds, connect=connect_timeout_seconds),
+            limits=LIMITS,
+        )
+    except UnicodeEncodeError:
+        # Not the error itself, which holds the header.
+        raise ConfigurationError("Header names and values of an MCP server are ASCII") from None
     client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     return client
 
@@ -127,8 +131,10 @@ class Endpoint:
                 # Without the cause, which holds the text.
                 why = f"was not asked: the request cannot be written ({type(exc).__name__})"
                 raise TransportError(f"Server {self.name!r} {why}", self.name, None, False) from None
-            if self.cookies and "cookie" not in request.headers:
-                request.headers["cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+            if self.cookies:
+                configured = request.headers.get("cookie")
+                ours = [f"{name}={value}" for name, value in self.cookies.items()]
+                request.headers["cookie"] = "; ".join([configured, *ours] if configured else ours)
             self.requests_sent += 1
             token = _ours.set(True)
             try:
@@ -155,6 +161,8 @@ class Endpoint:
         if "set-cookie" in response.headers:
             cookies = httpx2.Cookies()
             cookies.extract_cookies(response)
+            for header in response.headers.get_list("set-cookie"):
+                self.cookies.pop(header.partition("=")[0].strip(), None)  # it may be a deletion
             self.cookies.update({cookie.name: cookie.value for cookie in cookies.jar if cookie.value is not None})
 
     def _translate(self, exc: httpx2.HTTPError) -> TransportError:

@@ -5,6 +5,7 @@ process with a running loop has no such thread, so it gets a portal of its own. 
 """
 
 import atexit
+import logging
 import os
 import queue
 import threading
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import asyncio
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 #: How long an interrupted call may take to clean up on the loop (a cancellation sent to the server, for instance).
 CLEAN_UP_SECONDS = 6.0
@@ -98,7 +101,10 @@ class Portal:
         """Run what was added by `on_close`, then end the loop and its thread."""
         try:
             while self._on_close:
-                self.call(self._on_close.pop())
+                try:
+                    self.call(self._on_close.pop())
+                except Exception:
+                    logger.exception("Closing what used the event loop")
         finally:
             self._portal.call(self._portal.stop, True)
             self._stack.close()

@@ -24,8 +24,9 @@ from ._version import __version__
 from .exceptions import MCPCeleryError, SessionError, SessionHandleError, ToolError, TransportError
 from .handle import SessionHandle
 from .http import Endpoint, new_client, split_credentials
+from .listings import ToolListings
 from .settings import ServerSettings
-from .transport import ResumableHTTPTransport, ToolListings
+from .transport import ResumableHTTPTransport
 
 T = TypeVar("T")
 
@@ -126,8 +127,8 @@ class AsyncMCPSession:
 
     @property
     def is_open(self) -> bool:
-        """Whether the session was opened or resumed here and has not ended."""
-        return self._is_open
+        """Whether the session was opened or resumed here and has neither ended nor been lost."""
+        return self._is_open and not self._is_lost
 
     @property
     def requests_sent(self) -> int:
@@ -154,7 +155,7 @@ class AsyncMCPSession:
         return self._client is not None and self._ended is None
 
     def __repr__(self) -> str:
-        state = self._ended or ("open" if self._is_open else "not open yet")
+        state = self._ended or ("lost" if self._is_lost else "open" if self._is_open else "not open yet")
         handle = self.handle
         return f"<{type(self).__name__} {self.server} {handle.short_id if handle else None} {state}>"
 
@@ -169,7 +170,7 @@ class AsyncMCPSession:
             TransportError: The server could not be reached.
         """
         async with self._lock:
-            if self._is_open and not self._is_lost:
+            if self.is_open:
                 return
             if self._ended is not None or self._is_lost:
                 await self._drop()
@@ -325,7 +326,8 @@ class AsyncMCPSession:
         except MCPError as exc:
             # The transport puts its own error into the place that a JSON-RPC error has for data.
             if isinstance(exc.data, MCPCeleryError):
-                raise exc.data from exc.data.__cause__
+                # A new one each time: that of a lost session is met again by every call.
+                raise type(exc.data)(*exc.data.args) from exc.data.__cause__
             if exc.code == types.CONNECTION_CLOSED and exc.message == "Connection closed":
                 raise TransportError(f"The connection to server {self.server!r} was closed", self.server) from exc
             raise
@@ -389,9 +391,19 @@ class AsyncMCPSession:
                 await asyncio.shield(asyncio.wait([owner]))
             if entered.done() and not entered.cancelled():
                 entered.exception()  # mark as retrieved
+            if self._given is None:
+                await self._end_half_open(transport)
             self._requests_before += transport.requests_sent
             raise
         self._transport, self._client, self._owner, self._leave = transport, client, owner, leave
+
+    async def _end_half_open(self, transport: ResumableHTTPTransport) -> None:
+        """End a session that the server has opened, where the handshake was not completed."""
+        with anyio.CancelScope(shield=True):
+            try:
+                await transport.terminate()
+            except TransportError as exc:
+                logger.debug("A session whose opening was broken off is left to its server: %s", exc)
 
     async def _drop(self) -> None:
         """Leave the client and keep the session at the server."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from .exceptions import ConfigurationError
+from .handle import server_name
 
 #: What MCP hosts call Streamable HTTP in `type` (or `transport`).
 _HTTP_TYPES = {"http", "streamable-http", "streamable_http", "streamableHttp"}
@@ -165,13 +166,3 @@ _CHECKS: dict[str, Any] = {
     "ca_file": _text,
     "listen": _flag,
 }
-
-
-def server_name(server: str) -> str:
-    """Return what handles call *server*: the name itself, or the URL without the parts where secrets stand."""
-    scheme, separator, rest = server.partition("://")
-    if not separator:
-        return server
-    place = rest.partition("#")[0].partition("?")[0]
-    authority, slash, path = place.partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"

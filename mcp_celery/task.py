@@ -13,9 +13,9 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery.signals import task_failure, task_prerun, worker_process_shutdown, worker_shutdown
 
 from .exceptions import ConfigurationError, MCPCeleryError, SessionHandleError, StoreError
-from .handle import SessionHandle
+from .handle import SessionHandle, server_name
 from .portal import close_portal
-from .settings import server_name, server_settings, store_url
+from .settings import server_settings, store_url
 from .store import RedisStore, Store
 from .sync_session import MCPSession, new_session
 from .workflow import KEY, Canvas, Signature, bind, carried, read_handles, shown

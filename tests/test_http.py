@@ -102,6 +102,30 @@ async def test_cookies_travel_in_the_handle(recorded_peer, new_session):
     assert all(exchange.cookies == {"route": "node-7"} for exchange in recorder.exchanges)
 
 
+async def test_a_cookie_that_the_server_deletes_is_sent_no_more(recorded_peer, new_session):
+    recorder = recorded_peer("python")
+    recorder.set_cookie("route=node-7; Path=/")
+    session = new_session(recorder.url)
+    await session.open()
+    recorder.answer(
+        rpc_method="tools/call", status=200, body=b"{}", headers={"Set-Cookie": "route=; Path=/; Max-Age=0"}
+    )
+    with pytest.raises(TransportError):
+        await session.call_tool("executions")
+    assert session.handle.cookies == {}
+    await session.call_tool("executions")
+    assert [exchange.cookies for exchange in recorder.exchanges if is_call(exchange)] == [{"route": "node-7"}, {}]
+
+
+async def test_a_configured_cookie_is_sent_beside_those_of_the_session(recorded_peer, new_session):
+    recorder = recorded_peer("python")
+    recorder.set_cookie("route=node-7; Path=/")
+    session = new_session(recorder.url, headers=(("Cookie", "tenant=a"),))
+    await session.call_tool("executions")
+    call = next(exchange for exchange in recorder.exchanges if is_call(exchange))
+    assert call.cookies == {"tenant": "a", "route": "node-7"}
+
+
 async def test_cookies_of_one_session_are_not_sent_by_another_on_the_same_client(recorded_peer, new_session):
     recorder = recorded_peer("python")
     plain = new_session(recorder.url)

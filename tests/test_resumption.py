@@ -7,9 +7,10 @@ from mcp import Client, ClientSession, MCPError
 from mcp.shared.message import ClientMessageMetadata
 from mcp_types import CallToolRequest, CallToolRequestParams, CallToolResult
 
-from mcp_celery import transport as transport_module
+from mcp_celery import exchange as exchange_module
 from mcp_celery.exceptions import SessionLostError, TransportError
-from mcp_celery.transport import RESUME_ATTEMPTS, resumable_http
+from mcp_celery.exchange import RESUME_ATTEMPTS
+from mcp_celery.transport import resumable_http
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +23,7 @@ OLD_STORE = ("python", "--event-store", "--protocol-version", "2025-06-18")
 @pytest.fixture
 def quickly(monkeypatch):
     """Attempts follow each other at once, so that all of them fit into a test."""
-    monkeypatch.setattr(transport_module, "RESUME_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(exchange_module, "RESUME_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -45,6 +46,18 @@ async def executions(session):
 
 def resumptions(recorder):
     return [exchange for exchange in recorder.exchanges if exchange.method == "GET"]
+
+
+async def test_a_callback_for_tokens_that_raises_costs_no_call(recorded_peer, caplog):
+    async def refuse(token):
+        raise LookupError(f"no place for {token}")
+
+    async with Client(resumable_http(recorded_peer("python", "--event-store").url)) as client:
+        request = CallToolRequest(params=CallToolRequestParams(name="echo", arguments={"text": "here"}))
+        metadata = ClientMessageMetadata(on_resumption_token_update=refuse)
+        result = await client.session.send_request(request, CallToolResult, metadata=metadata)
+    assert result.content[0].text == "here"
+    assert "no place for" in caplog.text
 
 
 @pytest.mark.parametrize("after_events", [1, 2, 3])

@@ -158,6 +158,17 @@ async def test_an_interrupted_opening_can_be_tried_again(recorded_peer, new_sess
     assert text_of(await session.call_tool(*ECHO)) == "x"
 
 
+async def test_a_session_whose_opening_is_broken_off_is_ended_at_the_server(recorded_peer, new_session):
+    recorder = recorded_peer("python")
+    recorder.stall(rpc_method="notifications/initialized")
+    session = new_session(recorder.url)
+    with pytest.raises(TransportError, match=r"did not answer to tool 'add' within 0\.5 s"):
+        await session.call_tool("add", {"a": 1, "b": 2}, timeout=0.5)
+    assert recorder.methods() == ["POST initialize", "POST notifications/initialized", "DELETE"]
+    assert recorder.exchanges[-1].session_id == recorder.session_ids[0]
+    assert (session.session_id, session.handle) == (None, None)
+
+
 async def test_a_handle_of_another_server_is_refused(new_session):
     handle = SessionHandle("another", "a-secret-id", {"protocolVersion": "2025-11-25"})
     with pytest.raises(SessionHandleError, match="'another'") as caught:

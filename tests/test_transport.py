@@ -7,7 +7,8 @@ from mcp import Client, ClientSession
 from mcp_celery.exceptions import SessionError, SessionHandleError, TransportError
 from mcp_celery.handle import SessionHandle
 from mcp_celery.http import Endpoint, new_client
-from mcp_celery.transport import ResumableHTTPTransport, ToolListings, resumable_http
+from mcp_celery.listings import ToolListings
+from mcp_celery.transport import ResumableHTTPTransport, resumable_http
 
 pytestmark = pytest.mark.anyio
 
