@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 #: `(progress, total, message)`; may be asynchronous on an `AsyncMCPSession`.
 ProgressCallback = Callable[[float, float | None, str | None], object]
 
+#: Pages of a tool listing that are read in search of one tool.
+MAX_PAGES = 100
+
 _CLIENT_INFO = types.Implementation(name="mcp-celery-task", version=__version__)
 
 
@@ -248,23 +251,53 @@ class AsyncMCPSession:
             raise_on_error: Raise `ToolError` where the tool answers `isError`; otherwise return that answer.
 
         Raises:
-            ToolError: The tool answered `isError`.
+            ToolError: The tool answered `isError`, or its output does not fit its output schema.
         """
-        _, listings = self._connections.of(self._settings)
-        listings.expect(name)
+        report = _as_coroutine(on_progress)
 
         async def call(client: Client) -> types.CallToolResult:
-            try:
-                return await client.call_tool(name, arguments, progress_callback=_as_coroutine(on_progress))
-            except RuntimeError:
-                # The SDK found the output at odds with the listed schema, which may be an old one.
-                listings.drop()
-                raise
+            if client.protocol_version in MODERN_PROTOCOL_VERSIONS:
+                # Here the SDK has more to do: headers by the input schema, and rounds of input.
+                return await client.call_tool(name, arguments, progress_callback=report)
+            parameters = types.CallToolRequestParams(name=name, arguments=arguments)
+            request = types.CallToolRequest(params=parameters)
+            result = await client.session.send_request(request, types.CallToolResult, progress_callback=report)
+            if raise_on_error and not result.is_error:
+                await self._check_output(client, name, result)
+            return result
 
         result = await self._ask(f"tool {name!r}", call, timeout)
         if result.is_error and raise_on_error:
             raise ToolError(_text_of(result) or f"Tool {name!r} failed", name, result.structured_content)
         return result
+
+    async def _check_output(self, client: Client, tool: str, result: types.CallToolResult) -> None:
+        """Check a result by the tool's output schema; by a fresh listing before anything is said against it."""
+        _, listings = self._connections.of(self._settings)
+        is_fresh = listings.lacks(tool)
+        if is_fresh:
+            await self._list_until(client, listings, tool)
+        problem = listings.problem_with(tool, result.structured_content)
+        if problem is not None and not is_fresh:
+            await self._list_until(client, listings, tool)
+            problem = listings.problem_with(tool, result.structured_content)
+        if problem is not None:
+            raise ToolError(f"Tool {tool!r} has run, but {problem}", tool, result.structured_content)
+
+    @staticmethod
+    async def _list_until(client: Client, listings: ToolListings, tool: str) -> None:
+        """List the tools anew, page by page, until *tool* is there. A result in hand is not lost by a listing."""
+        listings.forget_pages()
+        cursor: str | None = None
+        try:
+            for _ in range(MAX_PAGES):
+                page = await client.list_tools(cursor=cursor)
+                cursor = page.next_cursor
+                if cursor is None or any(listed.name == tool for listed in page.tools):
+                    break
+        except (MCPError, ValidationError) as exc:
+            logger.debug("The tools of a server could not be listed (%s): output goes unchecked", type(exc).__name__)
+        listings.note_if_unlisted(tool)
 
     async def list_tools(self, *, cursor: str | None = None) -> types.ListToolsResult:
         """List the tools, always from the server. `next_cursor` of the result continues."""

@@ -127,6 +127,7 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
             TransportError: The server could not be reached or refused.
             SessionError: The transport was left and its HTTP client with it; a new one with its handle can do it.
         """
+        self._listen = False
         if self.session_id is None:
             self._session.end()
             return
@@ -358,7 +359,7 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         last_event_id: str | None = None
         failures = 0
         # Not past the end of the session: Python servers open one for a GET that names none.
-        while failures < RESUME_ATTEMPTS and self.session_id == session_id:
+        while self._listen and failures < RESUME_ATTEMPTS and self.session_id == session_id:
             headers = self._session.headers() | ({"last-event-id": last_event_id} if last_event_id else {})
             pause_seconds: float | None = None
             try:

@@ -363,17 +363,41 @@ async def test_list_tools_always_asks_the_server(recorded_peer, new_session):
     assert listings(recorder) == 3
 
 
-async def test_a_result_at_odds_with_the_listing_has_the_tools_listed_again(recorded_peer, new_session):
+async def test_a_result_at_odds_with_its_output_schema_is_a_tool_error(recorded_peer, new_session):
     recorder = recorded_peer("python")
     session = new_session(recorder.url)
     await session.list_tools()
-    # A value that the schema does not allow, as from a server whose tool has changed.
     answer_next(recorder, "tools/call", {"content": [], "structuredContent": {"result": "no number"}})
-    with pytest.raises(RuntimeError, match="structured content"):
+    with pytest.raises(ToolError, match="has run, but its structured content does not fit") as caught:
         await session.call_tool("add", {"a": 1, "b": 1})
-    again = new_session(recorder.url, session.handle)
-    assert (await again.call_tool("add", {"a": 1, "b": 1})).structured_content == {"result": 2}
+    assert caught.value.structured_content == {"result": "no number"}
     assert listings(recorder) == 2
+    answer_next(recorder, "tools/call", {"content": []})
+    with pytest.raises(ToolError, match="gave no structured content"):
+        await session.call_tool("add", {"a": 1, "b": 1})
+    answer_next(recorder, "tools/call", {"content": []})
+    assert (await session.call_tool("add", {"a": 1, "b": 1}, raise_on_error=False)).structured_content is None
+
+
+async def test_an_old_listing_fails_no_call(recorded_peer, new_session):
+    recorder = recorded_peer("python")
+    session = new_session(recorder.url)
+    await session.open()
+    schema = {"type": "object", "properties": {"result": {"type": "string"}}}
+    tool = {"name": "add", "inputSchema": {"type": "object"}, "outputSchema": schema}
+    answer_next(recorder, "tools/list", {"tools": [tool]})
+    await session.list_tools()
+    assert (await session.call_tool("add", {"a": 1, "b": 1})).structured_content == {"result": 2}
+    assert listings(recorder) == 2
+
+
+async def test_a_listing_that_fails_costs_no_result(recorded_peer, new_session):
+    recorder = recorded_peer("python")
+    recorder.answer(rpc_method="tools/list", status=500)
+    session = new_session(recorder.url)
+    for _ in range(3):
+        assert (await session.call_tool("add", {"a": 1, "b": 1})).structured_content == {"result": 2}
+    assert listings(recorder) == 1
 
 
 def answer_next(recorder, rpc_method, result, ahead=1):
