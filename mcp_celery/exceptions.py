@@ -30,7 +30,8 @@ class SessionError(MCPCeleryError):
 class SessionLostError(SessionError):
     """Raised when the server no longer knows the session: it was restarted, or dropped the session as idle.
 
-    Nothing ran at the server for the call that raised it. The session's state is gone; `open()` starts another.
+    The session's state is gone; `open()` starts another. The call that raised it did not run, unless the session went
+    away while the call was under way: then it may have begun.
 
     Attributes:
         server: The configured name of the server.

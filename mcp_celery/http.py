@@ -118,7 +118,8 @@ class Endpoint:
             response = await self._send(method, headers, json)
             yield response
         except httpx2.HTTPError as exc:
-            raise self._translate(exc) from exc
+            # The cause of an illegal header shows the header.
+            raise self._translate(exc) from (None if isinstance(exc, httpx2.LocalProtocolError) else exc)
         finally:
             if response is not None:
                 await response.aclose()

@@ -21,7 +21,7 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from pydantic import ValidationError
 
 from ._version import __version__
-from .exceptions import MCPCeleryError, SessionError, SessionHandleError, ToolError, TransportError
+from .exceptions import ConfigurationError, MCPCeleryError, SessionError, SessionHandleError, ToolError, TransportError
 from .handle import SessionHandle
 from .http import Endpoint, new_client, split_credentials
 from .listings import ToolListings
@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 #: `(progress, total, message)`; may be asynchronous on an `AsyncMCPSession`.
 ProgressCallback = Callable[[float, float | None, str | None], object]
 
+#: How long ending a session may take whose opening was broken off, perhaps by a timeout of the call.
+BROKEN_OFF_SECONDS = 2.0
+#: How long a listing may take that only serves to check the output of a call.
+LISTING_SECONDS = 10.0
 #: Pages of a tool listing that are read in search of one tool.
 MAX_PAGES = 100
 
@@ -58,7 +62,7 @@ class Connections:
                 url,
                 headers=dict(settings.headers),
                 auth=auth,
-                ssl_context=ssl.create_default_context(cafile=settings.ca_file) if settings.ca_file else None,
+                ssl_context=_ssl_context(settings),
                 connect_timeout_seconds=settings.connect_timeout_seconds,
                 read_timeout_seconds=settings.read_timeout_seconds,
             )
@@ -261,14 +265,14 @@ class AsyncMCPSession:
                 return await client.call_tool(name, arguments, progress_callback=report)
             parameters = types.CallToolRequestParams(name=name, arguments=arguments)
             request = types.CallToolRequest(params=parameters)
-            result = await client.session.send_request(request, types.CallToolResult, progress_callback=report)
-            if raise_on_error and not result.is_error:
-                await self._check_output(client, name, result)
-            return result
+            return await client.session.send_request(request, types.CallToolResult, progress_callback=report)
 
         result = await self._ask(f"tool {name!r}", call, timeout)
-        if result.is_error and raise_on_error:
-            raise ToolError(_text_of(result) or f"Tool {name!r} failed", name, result.structured_content)
+        if raise_on_error:
+            if result.is_error:
+                raise ToolError(_text_of(result) or f"Tool {name!r} failed", name, result.structured_content)
+            if self.protocol_version not in MODERN_PROTOCOL_VERSIONS:
+                await self._check_output(self.client, name, result)
         return result
 
     async def _check_output(self, client: Client, tool: str, result: types.CallToolResult) -> None:
@@ -290,11 +294,12 @@ class AsyncMCPSession:
         listings.forget_pages()
         cursor: str | None = None
         try:
-            for _ in range(MAX_PAGES):
-                page = await client.list_tools(cursor=cursor)
-                cursor = page.next_cursor
-                if cursor is None or any(listed.name == tool for listed in page.tools):
-                    break
+            with anyio.move_on_after(LISTING_SECONDS):
+                for _ in range(MAX_PAGES):
+                    page = await client.list_tools(cursor=cursor)
+                    cursor = page.next_cursor
+                    if cursor is None or any(listed.name == tool for listed in page.tools):
+                        break
         except (MCPError, ValidationError) as exc:
             logger.debug("The tools of a server could not be listed (%s): output goes unchecked", type(exc).__name__)
         listings.note_if_unlisted(tool)
@@ -364,6 +369,10 @@ class AsyncMCPSession:
             if exc.code == types.CONNECTION_CLOSED and exc.message == "Connection closed":
                 raise TransportError(f"The connection to server {self.server!r} was closed", self.server) from exc
             raise
+        except RuntimeError as exc:
+            if what == "initialize":  # the SDK refuses the server's protocol version so
+                raise TransportError(f"Server {self.server!r} cannot be used: {exc}", self.server) from exc
+            raise
         except ValidationError as exc:
             if what == "initialize" and self._given is not None:
                 raise SessionHandleError("The session handle holds no result of a handshake that can be read") from exc
@@ -432,7 +441,7 @@ class AsyncMCPSession:
 
     async def _end_half_open(self, transport: ResumableHTTPTransport) -> None:
         """End a session that the server has opened, where the handshake was not completed."""
-        with anyio.CancelScope(shield=True):
+        with anyio.move_on_after(BROKEN_OFF_SECONDS, shield=True):
             try:
                 await transport.terminate()
             except TransportError as exc:
@@ -449,6 +458,15 @@ class AsyncMCPSession:
             await asyncio.wait([owner])
             if not owner.cancelled() and (exc := owner.exception()) is not None:
                 logger.debug("Leaving the session of server %r: %s", self.server, type(exc).__name__)
+
+
+def _ssl_context(settings: ServerSettings) -> ssl.SSLContext | None:
+    if settings.ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=settings.ca_file)
+    except OSError as exc:
+        raise ConfigurationError(f"MCP server {settings.name!r}: 'ca_file' cannot be read as PEM ({exc})") from exc
 
 
 def _as_coroutine(callback: ProgressCallback | None) -> ProgressFnT | None:

@@ -23,6 +23,10 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 class Conf(Protocol):
     """What is used of `app.conf`."""
 
+    #: Celery reads these from the environment as well.
+    broker_url: Any
+    result_backend: Any
+
     def get(self, key: str, default: Any = None) -> Any:
         """Return a setting, with the app's namespace applied."""
         ...
@@ -50,11 +54,11 @@ class ServerSettings:
 
 #: How Celery writes the URLs of Redis, and how redis-py does.
 _REDIS_SCHEMES = {
-    "redis://": "redis://",
-    "rediss://": "rediss://",
-    "valkey://": "redis://",
-    "redis+socket://": "unix://",
-    "unix://": "unix://",
+    "redis": "redis",
+    "rediss": "rediss",
+    "valkey": "redis",
+    "redis+socket": "unix",
+    "unix": "unix",
 }
 
 _OPTIONS = tuple(option.name for option in fields(ServerSettings) if option.name != "name")
@@ -81,17 +85,35 @@ def store_url(conf: Conf) -> str | None:
     """Return the URL of the Redis or Valkey that counts holders, as redis-py writes it, or None without one.
 
     `mcp_store_url` names it; an empty text means none. By default it is the result backend's, else the broker's.
+
+    Raises:
+        ConfigurationError: `mcp_store_url` is no URL of a Redis.
     """
     named = conf.get("mcp_store_url")
-    candidates = [conf.get("result_backend"), conf.get("broker_url")] if named is None else [named]
+    candidates = [conf.result_backend, conf.broker_url] if named is None else [named]
     for url in candidates:
-        for scheme, redis_scheme in _REDIS_SCHEMES.items():
-            if isinstance(url, str) and url.startswith(scheme):
-                # Celery writes CERT_REQUIRED where redis-py has required.
-                return redis_scheme + url.removeprefix(scheme).replace("ssl_cert_reqs=CERT_", "ssl_cert_reqs=")
+        # Of brokers to fail over to, the first.
+        first = url.split(";")[0] if isinstance(url, str) else ""
+        scheme, separator, rest = first.partition("://")
+        if separator and scheme in _REDIS_SCHEMES:
+            return f"{_REDIS_SCHEMES[scheme]}://{_as_redis_writes(rest)}"
     if named:
         raise ConfigurationError("mcp_store_url starts with redis://, rediss:// or redis+socket://")
     return None
+
+
+def _as_redis_writes(rest: str) -> str:
+    """Return what follows the scheme with the options that Celery writes differently than redis-py."""
+    place, mark, query = rest.partition("?")
+    options = [option.partition("=") for option in query.split("&")] if mark else []
+    renamed = [
+        (
+            "db" if name == "virtual_host" else name,
+            value.removeprefix("CERT_").lower() if "cert_reqs" in name else value,
+        )
+        for name, _, value in options
+    ]
+    return place + mark + "&".join(f"{name}={value}" for name, value in renamed)
 
 
 def _checked(name: str, options: object) -> ServerSettings:

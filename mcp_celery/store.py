@@ -64,7 +64,8 @@ class RedisStore:
         try:
             arguments: tuple[str | int, ...] = (TTL_SECONDS, len(leaving), *leaving, *joining)
             count = int(self._client().eval(_EXCHANGE_HOLDERS, 1, self._key(session), *arguments))
-        except (RedisError, OSError) as exc:
+        except (RedisError, OSError, TypeError, ValueError) as exc:
+            # TypeError and ValueError: an option of the URL that redis-py does not know.
             raise StoreError(f"The store did not answer ({type(exc).__name__})") from exc
         return None if count < 0 else count
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from billiard.exceptions import SoftTimeLimitExceeded, Terminated, TimeLimitExceeded, WorkerLostError
 from celery import Task
 from celery.exceptions import Ignore, Reject, Retry
 from celery.signals import task_failure, task_prerun, worker_process_shutdown, worker_shutdown
+from kombu.exceptions import EncodeError
 
 from .exceptions import ConfigurationError, MCPCeleryError, SessionHandleError, StoreError
 from .handle import SessionHandle, server_name
@@ -18,7 +19,7 @@ from .portal import close_portal
 from .settings import server_settings, store_url
 from .store import RedisStore, Store
 from .sync_session import MCPSession, new_session
-from .workflow import KEY, Canvas, Signature, bind, carried, read_handles, shown
+from .workflow import KEY, Canvas, Given, Signature, bind, carried, read_handles, shown
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,10 @@ class MCPTask(Task):
         """
         execution = _execution(self.request)
         if execution is None:
-            raise ConfigurationError(f"self.mcp is there while task {self.name} runs, and not outside of it")
+            raise ConfigurationError(
+                f"self.mcp is there while task {self.name} runs, in the thread that runs it; for other threads, take "
+                "it first: mcp = self.mcp"
+            )
         return execution.first_session()
 
     # -- Around it
@@ -80,7 +84,7 @@ class MCPTask(Task):
         if not self.request.called_directly and _execution(self.request) is None:
             return self._execute(args, kwargs)
         # Called as a function, perhaps within another execution of this very task, whose request would be copied.
-        given = kwargs.pop(KEY, None)
+        given = Given(kwargs.pop(KEY, None))
         self.push_request(args=args, kwargs=kwargs, called_directly=True, callbacks=None, chain=None, chord=None)
         self.request.mcp_session = given
         try:
@@ -89,8 +93,9 @@ class MCPTask(Task):
             self.pop_request()
 
     def _execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = getattr(self.request, "mcp_session", None)
+        given = _given(self.request)
         self._check_server(given)
+        store_url(self.app.conf)  # a mistake in it shows before anything is sent
         execution = self.request.mcp_execution = Execution(self, read_handles(given))
         if _asks_for_session(type(self).run):
             kwargs = {**kwargs, KEY: execution.given_handle()}
@@ -152,7 +157,7 @@ class MCPTask(Task):
         signature = super().signature_from_request(request, *args, **options)
         execution = _execution(request)
         # In the worker's main process (a lost worker is retried there) nothing was executed.
-        handles = execution.handles() if execution else read_handles(getattr(request, "mcp_session", None))
+        handles = execution.handles() if execution else read_handles(_given(request))
         if handles:
             signature["kwargs"] = {**signature["kwargs"], KEY: handles}
         return signature
@@ -188,6 +193,8 @@ class Execution:
         self._given = {handle.server: handle for handle in handles}
         self._sessions: dict[str, MCPSession] = {}
         self._is_handed_on = False
+        #: The task has succeeded, and its sessions were bound into what follows it, or ended.
+        self.is_settled = False
 
     # -- In the task function
 
@@ -236,6 +243,7 @@ class Execution:
         """Pass each session on to what comes next, or end it where nothing does."""
         if not self._is_handed_on:
             self._settle(_canvas(self._task).ahead_of(self._request))
+            self.is_settled = True
 
     def bind_replacement(self, signature: Signature) -> None:
         """Pass each session on to what replaces this task, or end it where nothing there takes one."""
@@ -282,8 +290,10 @@ class Execution:
     def _end(self, handle: SessionHandle) -> None:
         """This execution needs the session no more, and nothing follows that could."""
         if handle.shared:
-            hopeless = dict(carried(_canvas(self._task).hopeless_after(self._request)))
-            self._pass_on(handle, [self._request.id, *hopeless.get(handle, ())], [])
+            waiting = carried(_canvas(self._task).hopeless_after(self._request))
+            # By the key: a load balancer may have changed the cookies since.
+            hopeless = [holder for other, holders in waiting if other.key == handle.key for holder in holders]
+            self._pass_on(handle, [self._request.id, *hopeless], [])
         else:
             self._close(handle)
 
@@ -298,10 +308,10 @@ class Execution:
         """Count the holders of a session with several branches, and close it after the last one."""
         if handle.session_id is None:
             return
-        store = _store(store_url(self._task.app.conf))
         try:
+            store = _store(store_url(self._task.app.conf))
             holders = None if store is None else store.pass_on(handle.key, leaving, joining)
-        except StoreError as exc:
+        except (ConfigurationError, StoreError) as exc:
             logger.debug("%s", exc)
             holders = None
         if holders is None:
@@ -316,8 +326,9 @@ class Execution:
                 settings = server_settings(self._task.app.conf, self._written(handle.server))
                 session = self._sessions[handle.server] = new_session(settings, handle)
             session.close()
-        except MCPCeleryError as exc:
-            logger.warning("A session is left to the idle timeout of its server: %s", exc)
+        except (MCPCeleryError, SoftTimeLimitExceeded) as exc:
+            # The soft time limit too: the task is done, and its outcome is not changed by this.
+            logger.warning("A session is left to the idle timeout of its server: %s", exc or type(exc).__name__)
 
     def _written(self, server: str) -> str:
         """Return how this task's options write *server*: a URL may have credentials there, and not in a handle."""
@@ -332,17 +343,27 @@ def _take_handles(task: Task, kwargs: dict[str, Any], **_: object) -> None:
     Celery sends this with the very mapping that it calls the function with and stores.
     """
     if isinstance(task, MCPTask):
-        task.request.mcp_session = kwargs.pop(KEY, None)
+        task.request.mcp_session = Given(kwargs.pop(KEY, None))
 
 
 @task_failure.connect
 def _end_what_was_carried_past(sender: Task, exception: BaseException, **_: object) -> None:
     """A plain task has failed, and sessions were bound past it: those that they wait for will never run.
 
+    The same where an MCP task has bound its session, and its return value then turns out to fit into no message.
+
     Not in the main process of a worker, which does no MCP I/O and gets this for tasks whose own process is gone.
     """
-    if isinstance(sender, MCPTask) or isinstance(exception, _FAILED_FROM_OUTSIDE):
+    if isinstance(exception, _FAILED_FROM_OUTSIDE):
         return
+    if isinstance(sender, MCPTask):
+        execution = _execution(sender.request)
+        if execution is None or not execution.is_settled:
+            return
+        if not isinstance(exception, EncodeError):
+            # The broker broke off: what follows may have been published all the same.
+            logger.warning("What follows task %s may not run; its sessions are left to their servers", sender.name)
+            return
     canvas = _canvas(sender)
     waiting = [*canvas.ahead_of(sender.request), *canvas.hopeless_after(sender.request)]
     for handle, holders in carried(waiting):
@@ -376,6 +397,11 @@ def _warn_of_uncounted(server: str) -> None:
         "it is left to the idle timeout of the server",
         server,
     )
+
+
+def _given(request: Any) -> Any:
+    given = getattr(request, "mcp_session", None)
+    return given.value if isinstance(given, Given) else None
 
 
 def _execution(request: Any) -> Execution | None:

@@ -61,7 +61,7 @@ from .remote_session import RemoteSession
 logger = logging.getLogger(__name__)
 
 #: What has no answer to wait for (a notification, `DELETE`) may take this long.
-ONE_WAY_SECONDS = 10.0
+ONE_WAY_SECONDS = 5.0
 _BUFFERED_MESSAGES = 64
 
 
@@ -432,15 +432,18 @@ def resumable_http(
         url: http or https. Credentials in it are sent by HTTP Basic and never shown.
         handle: A `SessionHandle`, or what its `dumps` gave.
         headers: Sent with each request.
-        server: What error texts and handles call the server; the URL without credentials by default.
+        server: What error texts and handles call the server; by default the name in the handle, or the URL without
+            credentials.
         listen: Open the server's standalone stream as well. Some servers end a session when it is dropped.
 
     Raises:
         SessionHandleError: The handle cannot be read or is of another server.
     """
     place, auth = split_credentials(url)
-    name = server or server_name(url)
     session = None if handle is None else SessionHandle.load(handle)
+    # A handle out of a task may carry a name of `mcp_servers`, which says nothing of the URL.
+    is_named = session is not None and "://" not in session.server
+    name = server or (session.server if session is not None and is_named else server_name(url))
     if session is not None and session.server != name:
         raise SessionHandleError(f"The session handle is of server {session.server!r}, not of {name!r}")
     client = new_client(place, headers=headers, auth=auth)

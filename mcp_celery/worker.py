@@ -7,8 +7,7 @@ from typing import Any
 from celery.app.task import Context
 from celery.worker.request import Request
 
-from .exceptions import SessionHandleError
-from .workflow import KEY, read_handles
+from .workflow import KEY, Given, shown, shown_handles
 
 #: Celery prints whole messages there: at DEBUG what goes to the pool, at ERROR a message whose task is not registered.
 _MESSAGE_LOGGERS = ("celery.pool", "celery.worker.consumer.consumer")
@@ -21,9 +20,12 @@ class MCPRequest(Request):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._kwargs: dict[str, Any]
-        self.mcp_session = self._kwargs.get(KEY)
-        if self.mcp_session is not None:
-            self._kwargs = self._request_dict["kwargs"] = {**self._kwargs, KEY: _shown(self.mcp_session)}
+        self.mcp_session = Given(self._kwargs.get(KEY))
+        if self.mcp_session.value is not None:
+            # What a publisher that does not know the task has put there shows a handle whole.
+            self._kwargsrepr = self._request_dict["kwargsrepr"] = shown(self._kwargs)
+            redacted = {**self._kwargs, KEY: shown_handles(self.mcp_session.value)}
+            self._kwargs = self._request_dict["kwargs"] = redacted
 
     @property
     def _context(self) -> Context:
@@ -34,14 +36,6 @@ class MCPRequest(Request):
             context.kwargs = {key: value for key, value in context.kwargs.items() if key != KEY}
             context.mcp_session = self.mcp_session
         return context
-
-
-def _shown(value: object) -> list[str]:
-    """What the worker's main process shows of a `mcp_session`. A bad one fails in its task, not here."""
-    try:
-        return [repr(handle) for handle in read_handles(value)]
-    except SessionHandleError:
-        return ["<unreadable session handle>"]
 
 
 def _cut_handles(record: logging.LogRecord) -> bool:

@@ -25,6 +25,26 @@ Signature = MutableMapping[str, Any]
 IsMCPTask = Callable[[str], bool]
 
 
+class Given:
+    """A `mcp_session` argument as it came, in a request: where its `repr` may be printed."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"<Given {shown_handles(self.value)}>"
+
+
+def shown_handles(value: Any) -> list[str]:
+    """Return what may be shown of a `mcp_session` argument, which may be a bad one."""
+    try:
+        return [repr(handle) for handle in read_handles(value)]
+    except SessionHandleError:
+        return ["<unreadable session handle>"]
+
+
 def read_handles(value: Any) -> list[SessionHandle]:
     """Return the handles of a `mcp_session` argument, in any of the forms that it may have.
 
@@ -40,7 +60,7 @@ def read_handles(value: Any) -> list[SessionHandle]:
 
 def shown(kwargs: Mapping[str, Any]) -> str:
     """Return the `kwargsrepr` of *kwargs*, without the secrets of the handles in it."""
-    return str(saferepr({**kwargs, KEY: read_handles(kwargs[KEY])} if KEY in kwargs else kwargs, 1024))
+    return str(saferepr({**kwargs, KEY: shown_handles(kwargs[KEY])} if KEY in kwargs else kwargs, 1024))
 
 
 def bind(handle: SessionHandle, signatures: Iterable[Signature]) -> list[str]:

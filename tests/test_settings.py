@@ -6,7 +6,7 @@ import pytest
 from celery import Celery
 
 from mcp_celery.exceptions import ConfigurationError
-from mcp_celery.settings import server_name, server_settings
+from mcp_celery.settings import server_name, server_settings, store_url
 
 SECRET = "t0p-s3cret"  # noqa: S105 - looked for in what is shown
 URL = "http://127.0.0.1:8000/mcp"
@@ -197,3 +197,49 @@ def test_servers_that_are_no_mapping_are_refused():
     app = Celery(set_as_current=False)
     app.conf.mcp_servers = [f"http://u:{SECRET}@host/"]
     assert "mapping" in refusal(app.conf, "browser")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("redis://h:1/2", "redis://h:1/2"),
+        (
+            "rediss://h/0?ssl_cert_reqs=CERT_REQUIRED&ssl_ca_certs=/A",
+            "rediss://h/0?ssl_cert_reqs=required&ssl_ca_certs=/A",
+        ),
+        ("redis+socket:///run/redis.sock?virtual_host=5", "unix:///run/redis.sock?db=5"),
+        ("redis://a:1;redis://b:1", "redis://a:1"),
+        ("", None),
+    ],
+)
+def test_the_store_is_written_as_celery_writes_redis(written, read):
+    app = Celery("app", broker="amqp://", set_as_current=False)
+    app.conf.mcp_store_url = written
+    assert store_url(app.conf) == read
+
+
+@pytest.mark.parametrize(
+    ("backend", "broker", "read"),
+    [
+        ("redis://results/1", "redis://broker/0", "redis://results/1"),
+        ("rpc://", "redis://broker/0", "redis://broker/0"),
+        ("rpc://", "amqp://", None),
+    ],
+)
+def test_the_store_is_the_result_backend_or_else_the_broker(backend, broker, read):
+    assert store_url(Celery("app", broker=broker, backend=backend, set_as_current=False).conf) == read
+
+
+def test_the_store_is_found_where_celery_reads_the_environment(monkeypatch):
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://broker/0")
+    assert store_url(Celery("app", set_as_current=False).conf) == "redis://broker/0"
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", "redis://results/0")
+    assert store_url(Celery("app", set_as_current=False).conf) == "redis://results/0"
+
+
+def test_a_store_that_is_no_redis_is_a_mistake():
+    app = Celery("app", broker="memory://", set_as_current=False)
+    app.conf.mcp_store_url = "http://somewhere:s3cret@h"
+    with pytest.raises(ConfigurationError, match="mcp_store_url starts with") as caught:
+        store_url(app.conf)
+    assert "s3cret" not in str(caught.value)

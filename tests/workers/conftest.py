@@ -1,5 +1,6 @@
 """Two workers on one recorded server, for all tests here that need no more."""
 
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ class Project:
         """Kill the workers, and close what the publisher has open."""
         for worker in self.workers:
             worker.kill()
+        gc.collect()  # results unsubscribe when they are collected, for which the server has to be there
         self.app.backend.result_consumer.stop()
         self.app.close()
 

@@ -1,6 +1,7 @@
 """The app that the workers of these tests run. Everything that differs comes from the environment."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from celery import Celery, chain
@@ -13,6 +14,7 @@ app = Celery("project", broker=os.environ["BROKER"], backend=os.environ["BROKER"
 app.conf.update(
     mcp_servers={
         "peer": {"url": os.environ["PEER"]},
+        "second": {"url": os.environ["PEER"]},
         "nowhere": {"url": "http://127.0.0.1:9/mcp", "connect_timeout_seconds": 2},
         "local": {"command": "npx", "args": ["some-server"]},
     },
@@ -174,6 +176,17 @@ def fails(self, value):
 
 
 @task(base=PeerTask, bind=True)
+def returns_no_json(self):
+    return self.mcp.call_tool("echo", {"text": "x"})
+
+
+@task(base=PeerTask, bind=True, soft_time_limit=1.5)
+def takes_long_to_close(self):
+    self.mcp.call_tool("echo", {"text": "x"})
+    return "done"
+
+
+@task(base=PeerTask, bind=True)
 def fails_in_tool(self):
     self.mcp.call_tool("fail")
 
@@ -206,6 +219,14 @@ def keeps_after_close(self):
     first = self.mcp.session_id is not None
     self.mcp.close()
     return [first, self.mcp.session_id, self.mcp.handle]
+
+
+@task(base=PeerTask, bind=True)
+def sees_request(self):
+    """Print the request, as Celery's own example task does, and keep the session."""
+    print(f"Request: {self.request!r}")
+    self.mcp.detach()
+    return repr(self.request)
 
 
 @task(base=PeerTask, bind=True)
@@ -295,20 +316,30 @@ def slow(self, steps, seconds):
 
 @task(base=PeerTask, bind=True)
 def overlapping(self, prefix, count):
-    """Make *count* calls at once over one session; return those that got somebody else's answer."""
-    import threading
-
-    mcp, wrong = self.mcp, []
+    """Make *count* calls at once over one session; return the pairs of question and answer."""
+    mcp = self.mcp
 
     def call(number):
         text = f"{prefix}-{number}"
-        answer = mcp.call_tool("echo", {"text": text}).content[0].text
-        if answer != text:
-            wrong.append([text, answer])
+        return text, mcp.call_tool("echo", {"text": text}).content[0].text
 
-    threads = [threading.Thread(target=call, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return wrong
+    with ThreadPoolExecutor(50) as threads:
+        return list(threads.map(call, range(count)))
+
+
+@task(base=MCPTask, bind=True, mcp_servers=("peer", "second"))
+def copies(self, name):
+    """Read a variable on one server and set it on another."""
+    value = self.mcp.call_tool("get_variable", {"name": name}).content[0].text
+    self.mcp["second"].call_tool("set_variable", {"name": name, "value": value + value})
+    return self.mcp.session_id != self.mcp["second"].session_id
+
+
+@task(base=PeerTask, bind=True)
+def uses_unnamed(self):
+    self.mcp["second"].call_tool("echo", {"text": "x"})
+
+
+@task(base=MCPTask, bind=True, mcp_server="second")
+def recalls_second(self, is_other, name):
+    return [is_other, self.mcp.call_tool("get_variable", {"name": name}).content[0].text]

@@ -2,6 +2,7 @@
 
 import pytest
 from celery import chain, chord, group
+from kombu.exceptions import EncodeError
 from test_chain import CALL, HANDSHAKE, calls_and_handshake, on
 from test_peers_and_pools import start  # noqa: F401 - a fixture
 
@@ -86,6 +87,14 @@ def test_a_failed_member_does_not_close_the_session_under_the_others(project, ho
     names = project.sessions_closed()
     assert names.count("DELETE") == 1
     assert names[-1] == "DELETE"
+
+
+def test_a_return_value_that_fits_into_no_message_ends_the_session_for_all_branches(project, holders):
+    t = project.tasks
+    flow = chain(t.returns_no_json.s(), group(t.idle.s(), t.idle.s()), t.idle.s())
+    with pytest.raises(EncodeError):
+        flow.apply_async().get(timeout=15)
+    assert_one_session(project, 1)
 
 
 def test_members_that_open_sessions_of_their_own_close_each_its_own(project, holders):

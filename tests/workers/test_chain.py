@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 from celery import chain
+from kombu.exceptions import EncodeError
 
 HANDSHAKE = ["POST initialize", "POST notifications/initialized"]
 CALL = "POST tools/call"
@@ -147,6 +148,13 @@ def test_a_failed_step_closes_the_session_and_the_rest_does_not_run(project):
     with pytest.raises(ValueError, match="2"):
         project.run(on(chain(t.add.s(1, 1), t.fails.s(), t.add.s(1)), "a", "b", "a"))
     assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, CALL, CALL, "DELETE"]
+
+
+def test_a_return_value_that_fits_into_no_message_closes_the_session(project):
+    t = project.tasks
+    with pytest.raises(EncodeError):
+        project.run(on(chain(t.returns_no_json.s(), t.idle.s()), "a", "b"))
+    assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, CALL, "DELETE"]
 
 
 def test_a_replacement_task_continues_the_session(project):

@@ -1,6 +1,7 @@
 """Errors reach the caller as what they are, and nothing happens behind the user's back."""
 
 import pytest
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery import chain
 from test_chain import CALL, HANDSHAKE, calls_and_handshake, on
 
@@ -76,6 +77,28 @@ def test_a_close_that_fails_does_not_fail_the_task(project):
     assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, CALL, "DELETE"]
     project.idle()
     assert "left to the idle timeout" in str(project.logs())
+
+
+def test_a_soft_time_limit_while_the_session_is_being_closed_costs_no_result(project):
+    project.recorder.stall(http_method="DELETE")
+    assert project.run(project.tasks.takes_long_to_close.s()) == "done"
+    assert "left to the idle timeout" in str(project.logs())
+
+
+def test_a_soft_time_limit_during_a_call_cancels_it_at_the_server_and_closes_the_session(project):
+    with pytest.raises(SoftTimeLimitExceeded):
+        project.tasks.slow.apply_async((100, 0.1), soft_time_limit=1).get(timeout=15)
+    names = calls_and_handshake(project.sessions_closed())
+    assert names == [*HANDSHAKE, CALL, "POST notifications/cancelled", "DELETE"]
+    assert project.run(project.tasks.add.s(1, 1)) == 2
+
+
+def test_a_task_that_is_revoked_and_terminated_closes_its_session(project):
+    result = project.tasks.slow.delay(100, 0.1)
+    project.recorder.wait_for(lambda exchange: exchange.name == CALL)
+    result.revoke(terminate=True)
+    names = calls_and_handshake(project.sessions_closed())
+    assert names == [*HANDSHAKE, CALL, "POST notifications/cancelled", "DELETE"]
 
 
 @pytest.mark.parametrize("status", [404, 405])

@@ -4,7 +4,7 @@ import pytest
 from celery import chain
 from test_chain import CALL, HANDSHAKE, calls_and_handshake, on
 
-from mcp_celery import SessionHandle, SessionHandleError
+from mcp_celery import ConfigurationError, SessionHandle, SessionHandleError
 
 
 @pytest.fixture
@@ -111,3 +111,16 @@ def test_arguments_are_still_checked_when_publishing(project, kept):
         project.tasks.recall.apply_async(([],), {"mcp_session": kept})
     with pytest.raises(TypeError, match="unknown"):
         project.tasks.recall.apply_async(([], "x"), {"mcp_session": kept, "unknown": 1})
+
+
+def test_a_task_may_use_several_servers_and_each_session_goes_its_own_way(project):
+    t = project.tasks
+    steps = chain(t.remember.si([], "x", "ab"), t.copies.si("x"), t.tag.si([]), t.recalls_second.si(True, "x"))
+    assert project.run(on(steps, "a", "b", "a", "b")) == [True, "abab"]
+    names = calls_and_handshake(project.sessions_closed(2))
+    assert sorted(names) == sorted([*HANDSHAKE * 2, *[CALL] * 4, "DELETE", "DELETE"])
+
+
+def test_a_server_that_the_task_does_not_name_is_refused(project):
+    with pytest.raises(ConfigurationError, match="names peer"):
+        project.run(project.tasks.uses_unnamed.s())

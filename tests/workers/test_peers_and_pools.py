@@ -132,7 +132,10 @@ def test_two_workers_on_one_session_never_see_each_others_answers(start):
     session.open()
     handle = session.handle
     runs = [t.overlapping.apply_async((queue, 300), {"mcp_session": handle}, queue=queue) for queue in ("a", "b")]
-    assert [run.get(timeout=60) for run in runs] == [[], []]
+    for run, queue in zip(runs, ("a", "b"), strict=True):
+        answers = run.get(timeout=60)
+        assert [question for question, _ in answers] == [f"{queue}-{number}" for number in range(300)]
+        assert all(question == answer for question, answer in answers)
     calls = [exchange for exchange in project.recorder.exchanges if exchange.rpc_method == "tools/call"]
     assert len(calls) == 600
     assert len({exchange.rpc_id for exchange in calls}) == 600
