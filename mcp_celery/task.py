@@ -328,7 +328,7 @@ class Execution:
             session.close()
         except (MCPCeleryError, SoftTimeLimitExceeded) as exc:
             # The soft time limit too: the task is done, and its outcome is not changed by this.
-            logger.warning("A session is left to the idle timeout of its server: %s", exc or type(exc).__name__)
+            logger.warning("A session is left to the idle timeout of its server: %s", exc)
 
     def _written(self, server: str) -> str:
         """Return how this task's options write *server*: a URL may have credentials there, and not in a handle."""

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+from calls import PEERS
 from celery import chain
 from conftest import Project, start_project
 from processes import wait_until
@@ -11,17 +12,8 @@ from test_chain import CALL, HANDSHAKE, calls_and_handshake, on
 from mcp_celery.settings import ServerSettings
 from mcp_celery.sync_session import new_session
 
-SERVERS = [
-    ("python",),
-    ("python", "--json"),
-    ("python", "--event-store"),
-    ("python", "--protocol-version", "2025-03-26"),
-    ("python", "--protocol-version", "2025-06-18"),
-    ("python1",),
-    ("python1", "--event-store"),
-    ("typescript",),
-    ("typescript", "--event-store"),
-]
+#: server-everything has no variables to share; it has a test of its own.
+SERVERS = [peer for peer in PEERS if peer != ("everything",)]
 
 
 @pytest.fixture
