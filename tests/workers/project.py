@@ -316,7 +316,7 @@ def slow(self, steps, seconds):
 
 @task(base=PeerTask, bind=True)
 def overlapping(self, prefix, count):
-    """Make *count* calls at once over one session; return the pairs of question and answer."""
+    """Make *count* calls at once over one session that others use too; return the pairs of question and answer."""
     mcp = self.mcp
 
     def call(number):
@@ -324,7 +324,9 @@ def overlapping(self, prefix, count):
         return text, mcp.call_tool("echo", {"text": text}).content[0].text
 
     with ThreadPoolExecutor(50) as threads:
-        return list(threads.map(call, range(count)))
+        pairs = list(threads.map(call, range(count)))
+    mcp.detach()
+    return pairs
 
 
 @task(base=MCPTask, bind=True, mcp_servers=("peer", "second"))

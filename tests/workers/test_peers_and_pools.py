@@ -6,7 +6,6 @@ import pytest
 from calls import PEERS
 from celery import chain
 from conftest import Project, start_project
-from processes import wait_until
 from test_chain import CALL, HANDSHAKE, calls_and_handshake, on
 
 from mcp_celery.settings import ServerSettings
@@ -134,5 +133,5 @@ def test_two_workers_on_one_session_never_see_each_others_answers(start):
     assert {exchange.session_id for exchange in calls} == {handle.session_id}
     spans = sorted((exchange.started, exchange.ended) for exchange in calls)
     assert any(later[0] < earlier[1] for earlier, later in pairwise(spans))
-    session.release()
-    wait_until(lambda: project.deleted() >= 1, 10, "the end of the session")
+    session.close()
+    assert project.deleted() == 1
