@@ -10,7 +10,7 @@ import logging
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 import httpx2
@@ -45,6 +45,15 @@ MAX_PAGES = 100
 _CLIENT_INFO = types.Implementation(name="mcp-celery-task", version=__version__)
 
 
+class Shared(NamedTuple):
+    """What the sessions of one server share in a process."""
+
+    #: Of the endpoint, without credentials, which the client has.
+    url: str
+    client: httpx2.AsyncClient
+    listings: ToolListings
+
+
 class Connections:
     """What the sessions of one process share: an HTTP client and the tool listings of each server.
 
@@ -52,10 +61,10 @@ class Connections:
     """
 
     def __init__(self) -> None:
-        self._clients: dict[ServerSettings, tuple[httpx2.AsyncClient, ToolListings]] = {}
+        self._clients: dict[ServerSettings, Shared] = {}
 
-    def of(self, settings: ServerSettings) -> tuple[httpx2.AsyncClient, ToolListings]:
-        """Return the client and the listings of a server, made at the first use."""
+    def of(self, settings: ServerSettings) -> Shared:
+        """Return what the sessions of a server share, made at the first use."""
         if settings not in self._clients:
             url, auth = split_credentials(settings.url)
             client = new_client(
@@ -66,14 +75,14 @@ class Connections:
                 connect_timeout_seconds=settings.connect_timeout_seconds,
                 read_timeout_seconds=settings.read_timeout_seconds,
             )
-            self._clients[settings] = client, ToolListings()
+            self._clients[settings] = Shared(url, client, ToolListings())
         return self._clients[settings]
 
     async def aclose(self) -> None:
         """Close all connections."""
         while self._clients:
-            _, (client, _) = self._clients.popitem()
-            await client.aclose()
+            _, shared = self._clients.popitem()
+            await shared.client.aclose()
 
 
 class AsyncMCPSession:
@@ -277,7 +286,7 @@ class AsyncMCPSession:
 
     async def _check_output(self, client: Client, tool: str, result: types.CallToolResult) -> None:
         """Check a result by the tool's output schema; by a fresh listing before anything is said against it."""
-        _, listings = self._connections.of(self._settings)
+        listings = self._connections.of(self._settings).listings
         is_fresh = listings.lacks(tool)
         if is_fresh:
             await self._list_until(client, listings, tool)
@@ -306,7 +315,7 @@ class AsyncMCPSession:
 
     async def list_tools(self, *, cursor: str | None = None) -> types.ListToolsResult:
         """List the tools, always from the server. `next_cursor` of the result continues."""
-        _, listings = self._connections.of(self._settings)
+        listings = self._connections.of(self._settings).listings
         if cursor is None:
             listings.drop()
         return await self._ask("tools/list", lambda client: client.list_tools(cursor=cursor, cache_mode="refresh"))
@@ -384,9 +393,8 @@ class AsyncMCPSession:
             raise TransportError(text, self.server) from exc
 
     def _new_transport(self) -> ResumableHTTPTransport:
-        client, listings = self._connections.of(self._settings)
+        url, client, listings = self._connections.of(self._settings)
         cookies = self._given.cookies if self._given is not None else None
-        url, _ = split_credentials(self._settings.url)
         endpoint = Endpoint(url, client, name=self.server, cookies=cookies)
         return ResumableHTTPTransport(endpoint, handle=self._given, listings=listings, listen=self._settings.listen)
 
