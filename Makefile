@@ -1,5 +1,7 @@
 # Needs Python 3.11 or later with venv, and make; the rest is installed into .venv.
 PYTHON ?= python3
+# How many tests run side by side; most of them wait for other processes.
+JOBS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -13,7 +15,7 @@ demo: .venv/.demo ## One MCP session on two worker processes
 	@$(BIN)/python -m examples.demo
 
 test: .venv/.test ## Run the tests; `make test ARGS="-k retry"` passes arguments on
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: .venv/.lint ## Check style, types and the layers of the package
 	@$(BIN)/ruff check --quiet

@@ -1,6 +1,5 @@
 """The event loop of a process: there is one, a fork gets its own, and an interrupted call leaves nothing behind."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -56,7 +55,7 @@ async def interrupt_once_waiting(caller):
     waiting = threading.Event()
     caller.run(waiting.set)
     assert await anyio.to_thread.run_sync(waiting.wait, 10)
-    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
 
 def run_program(text):

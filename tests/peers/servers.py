@@ -1,11 +1,13 @@
 """Starts the MCP servers of the tests: each a process of its own, on a free port of 127.0.0.1."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,14 @@ def missing(reason: str) -> None:
     pytest.skip(reason)
 
 
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Keep the test processes that run side by side from installing the same thing at once."""
+    with (_HERE / "servers.py").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _mcp1_python() -> Path:
     """The interpreter that has mcp 1.x, made on first use."""
     if path := os.environ.get("MCP_CELERY_TEST_MCP1_PYTHON"):
@@ -34,10 +44,11 @@ def _mcp1_python() -> Path:
     folder = _ROOT / ".venv-mcp1"
     python = folder / "bin" / "python"
     requirement = folder / "requirement.txt"
-    if not requirement.exists() or requirement.read_text() != _MCP1:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", _MCP1], check=True)
-        requirement.write_text(_MCP1)
+    with _one_at_a_time():
+        if not requirement.exists() or requirement.read_text() != _MCP1:
+            subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+            subprocess.run([python, "-m", "pip", "install", "--quiet", _MCP1], check=True)
+            requirement.write_text(_MCP1)
     return python
 
 
@@ -47,11 +58,12 @@ def _node() -> str:
     if node is None or npm is None:
         missing("Node.js is not installed")
     wanted = json.loads((_NODE / "package.json").read_text())["dependencies"]
-    for name, version in wanted.items():
-        installed = _NODE / "node_modules" / name / "package.json"
-        if not installed.exists() or json.loads(installed.read_text())["version"] != version:
-            subprocess.run([npm, "install", "--no-audit", "--no-fund"], cwd=_NODE, check=True)
-            break
+    with _one_at_a_time():
+        for name, version in wanted.items():
+            installed = _NODE / "node_modules" / name / "package.json"
+            if not installed.exists() or json.loads(installed.read_text())["version"] != version:
+                subprocess.run([npm, "install", "--no-audit", "--no-fund"], cwd=_NODE, check=True)
+                break
     return node
 
 
