@@ -8,9 +8,12 @@ import asyncio
 import inspect
 import logging
 import ssl
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeVar
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import anyio
 import httpx2
@@ -21,7 +24,15 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from pydantic import ValidationError
 
 from ._version import __version__
-from .exceptions import ConfigurationError, MCPCeleryError, SessionError, SessionHandleError, ToolError, TransportError
+from .exceptions import (
+    ConfigurationError,
+    MCPCeleryError,
+    SessionError,
+    SessionHandleError,
+    SessionLostError,
+    ToolError,
+    TransportError,
+)
 from .handle import SessionHandle
 from .http import Endpoint, new_client, split_credentials
 from .listings import ToolListings
@@ -39,10 +50,38 @@ ProgressCallback = Callable[[float, float | None, str | None], object]
 BROKEN_OFF_SECONDS = 2.0
 #: How long a listing may take that only serves to check the output of a call.
 LISTING_SECONDS = 10.0
+#: Calls of one task that are remembered for the history.
+MAX_CALLS = 100
 #: Pages of a tool listing that are read in search of one tool.
 MAX_PAGES = 100
 
 _CLIENT_INFO = types.Implementation(name="mcp-celery-task", version=__version__)
+
+
+class Ledger(Protocol):
+    """Who is told of the life of a session. Each method may block for a moment; not called on the event loop."""
+
+    def opened(self, handle: SessionHandle) -> None:
+        """The server has opened a session; no call was made yet."""
+        ...
+
+    def closed(self, handle: SessionHandle) -> None:
+        """The session has ended at the server."""
+        ...
+
+    def detached(self, handle: SessionHandle) -> None:
+        """The session stays alive at the server, and is this one's business no more."""
+        ...
+
+
+class Call(NamedTuple):
+    """One call that was made, for the history."""
+
+    what: str
+    #: Seconds since the epoch.
+    at: float
+    seconds: float
+    ok: bool
 
 
 class Shared(NamedTuple):
@@ -98,7 +137,15 @@ class AsyncMCPSession:
         MCPError: The server answered with a JSON-RPC error.
     """
 
-    def __init__(self, settings: ServerSettings, connections: Connections, handle: SessionHandle | None = None) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        connections: Connections,
+        handle: SessionHandle | None = None,
+        *,
+        ledger: Ledger | None = None,
+        lost_at: float | None = None,
+    ) -> None:
         if handle is not None and handle.server != settings.name:
             raise SessionHandleError(
                 f"The session handle is of server {handle.server!r}, and this task uses {settings.name!r}"
@@ -106,6 +153,11 @@ class AsyncMCPSession:
         self._settings = settings
         self._connections = connections
         self._given = handle
+        self._ledger = ledger
+        #: When somebody else has found the given session to be lost, in seconds since the epoch.
+        self._lost_at = lost_at
+        #: The calls made so far; of many, the last.
+        self.calls: deque[Call] = deque(maxlen=MAX_CALLS)
         self._transport: ResumableHTTPTransport | None = None
         self._client: Client | None = None
         self._owner: asyncio.Task[None] | None = None
@@ -132,7 +184,7 @@ class AsyncMCPSession:
     @property
     def handle(self) -> SessionHandle | None:
         """What continues the session elsewhere; None before it is open and once it has ended."""
-        if self._ended is not None:
+        if self._ended is not None or self._lost_at is not None:
             return None
         return self._transport.handle if self._transport is not None else self._given
 
@@ -144,7 +196,12 @@ class AsyncMCPSession:
     @property
     def is_open(self) -> bool:
         """Whether the session was opened or resumed here and has neither ended nor been lost."""
-        return self._is_open and not self._is_lost
+        return self._is_open and not self.is_lost
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the server has lost the session."""
+        return self._lost_at is not None or (self._transport is not None and self._transport.lost is not None)
 
     @property
     def requests_sent(self) -> int:
@@ -171,7 +228,7 @@ class AsyncMCPSession:
         return self._client is not None and self._ended is None
 
     def __repr__(self) -> str:
-        state = self._ended or ("lost" if self._is_lost else "open" if self._is_open else "not open yet")
+        state = self._ended or ("lost" if self.is_lost else "open" if self._is_open else "not open yet")
         handle = self.handle
         return f"<{type(self).__name__} {self.server} {handle.short_id if handle else None} {state}>"
 
@@ -188,10 +245,12 @@ class AsyncMCPSession:
         async with self._lock:
             if self.is_open:
                 return
-            if self._ended is not None or self._is_lost:
+            if self._ended is not None or self.is_lost:
                 await self._drop()
-                self._given = self._ended = None
+                self._given = self._ended = self._lost_at = None
             await self._enter()
+            if self._given is None:
+                await self._tell("opened", self.handle)
 
     async def detach(self) -> SessionHandle:
         """Leave the session alive at the server and disown it: return its handle. The task will not close it.
@@ -205,6 +264,7 @@ class AsyncMCPSession:
                 raise SessionError(f"There is no session of server {self.server!r} to detach; open() one first")
             await self._drop()
             self._ended = "detached"
+            await self._tell("detached", handle)
             return handle
 
     async def close(self) -> None:
@@ -218,11 +278,12 @@ class AsyncMCPSession:
                 return
             if self._transport is None and self._given is not None:
                 self._transport = self._new_transport()
-            transport = self._transport
-            self._ended = "closed"
+            transport, handle = self._transport, self.handle
+            is_lost, self._ended = self.is_lost, "closed"
             try:
-                if transport is not None and not self._is_lost:
+                if transport is not None and not is_lost:
                     await transport.terminate()
+                    await self._tell("closed", handle)
             finally:
                 await self._drop()
 
@@ -349,22 +410,39 @@ class AsyncMCPSession:
         """Complete an argument of a prompt or resource template: `argument` is `{"name": ..., "value": ...}`."""
         return await self._ask("completion/complete", lambda client: client.complete(ref, argument, context_arguments))
 
+    async def ping(self) -> None:
+        """Ask the server for a sign of life. It counts as use of the session."""
+        await self._ask("ping", lambda client: client.session.send_ping())
+
     # -- Within
 
-    @property
-    def _is_lost(self) -> bool:
-        return self._transport is not None and self._transport.lost is not None
+    async def _tell(self, what: Literal["opened", "closed", "detached"], handle: SessionHandle | None) -> None:
+        if self._ledger is not None and handle is not None and handle.session_id is not None:
+            # In a thread: others use this loop.
+            await anyio.to_thread.run_sync(getattr(self._ledger, what), handle)
 
     async def _ask(self, what: str, call: Callable[[Client], Awaitable[T]], timeout_seconds: float | None = None) -> T:
         if self._ended is not None:
             raise SessionError(
                 f"The session of server {self.server!r} was {self._ended} by this task; open() starts a new one"
             )
-        with self._translated(what, timeout_seconds):
-            with anyio.fail_after(timeout_seconds):
+        if self._lost_at is not None and self._given is not None:
+            raise SessionLostError(
+                f"Server {self.server!r} has lost session {self._given.short_id}: a ping found it gone at "
+                f"{datetime.fromtimestamp(self._lost_at, UTC):%Y-%m-%d %H:%M:%S} UTC",
+                self.server,
+                self._given.short_id,
+            )
+        started, answered = time.time(), False
+        try:
+            with self._translated(what, timeout_seconds), anyio.fail_after(timeout_seconds):
                 if not self._is_open:
                     await self.open()
-                return await call(self.client)
+                answer = await call(self.client)
+            answered = True
+            return answer
+        finally:
+            self.calls.append(Call(what, started, time.time() - started, answered))
 
     @contextmanager
     def _translated(self, what: str, timeout_seconds: float | None) -> Iterator[None]:

@@ -6,7 +6,7 @@ Reads, checks, and never sends. A wrong option is refused before anything goes t
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -46,10 +46,38 @@ class ServerSettings:
     connect_timeout_seconds: float = 5.0
     #: A call fails when its response brings nothing for so long: no progress, no answer.
     read_timeout_seconds: float = 300.0
+    #: An idle session that a waiting step still holds is pinged after so long; 0 for never.
+    keepalive_seconds: float = 300.0
     #: A PEM file of certificate authorities, for https; the usual ones by default.
     ca_file: str | None = None
     #: Open the server's standalone stream while a task runs.
     listen: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSettings:
+    """Where sessions are counted, and for how long. All values are JSON types, except within `options`."""
+
+    #: As redis-py writes it, or `sentinel://host:port/db;sentinel://...`. May hold credentials, so it is never shown.
+    url: str = field(repr=False)
+    #: Keyword arguments of redis-py (TLS, for instance), and for Sentinel `master_name` and `sentinel_kwargs`.
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    #: What all keys begin with.
+    prefix: str = "mcp_celery"
+    #: The reaper ends a session that was not used for so long.
+    session_ttl_seconds: float = 24 * 3600.0
+    #: How long what happened in a session is kept after its end; 0 for not at all.
+    history_seconds: float = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaperSettings:
+    """How a worker looks after the sessions in the store."""
+
+    #: Whether this worker may lead, that is, end and ping sessions of all workers.
+    enabled: bool = True
+    #: How often it looks.
+    interval_seconds: float = 5.0
 
 
 #: How Celery writes the URLs of Redis, and how redis-py does.
@@ -59,6 +87,7 @@ _REDIS_SCHEMES = {
     "valkey": "redis",
     "redis+socket": "unix",
     "unix": "unix",
+    "sentinel": "sentinel",
 }
 
 _OPTIONS = tuple(option.name for option in fields(ServerSettings) if option.name != "name")
@@ -81,25 +110,93 @@ def server_settings(conf: Conf, server: str) -> ServerSettings:
     raise ConfigurationError(f"MCP server {server!r} is not in mcp_servers (configured: {known}) and is not a URL")
 
 
-def store_url(conf: Conf) -> str | None:
-    """Return the URL of the Redis or Valkey that counts holders, as redis-py writes it, or None without one.
+def store_settings(conf: Conf) -> StoreSettings | None:
+    """Return the settings of the store, or None where there is no Redis or Valkey to keep it.
 
     `mcp_store_url` names it; an empty text means none. By default it is the result backend's, else the broker's.
 
     Raises:
-        ConfigurationError: `mcp_store_url` is no URL of a Redis.
+        ConfigurationError: `mcp_store_url` is no URL of a Redis, or one of the numbers is wrong.
     """
+    lives = StoreSettings(
+        url="",
+        prefix=_prefix(conf.get("mcp_store_prefix", "mcp_celery")),
+        session_ttl_seconds=_number(conf, "mcp_session_ttl_seconds", 24 * 3600.0),
+        history_seconds=_number(conf, "mcp_history_seconds", 3600.0, least=0),
+    )
     named = conf.get("mcp_store_url")
-    candidates = [conf.result_backend, conf.broker_url] if named is None else [named]
-    for url in candidates:
-        # Of brokers to fail over to, the first.
-        first = url.split(";")[0] if isinstance(url, str) else ""
-        scheme, separator, rest = first.partition("://")
-        if separator and scheme in _REDIS_SCHEMES:
-            return f"{_REDIS_SCHEMES[scheme]}://{_as_redis_writes(rest)}"
-    if named:
-        raise ConfigurationError("mcp_store_url starts with redis://, rediss:// or redis+socket://")
+    if named is not None:
+        if not named:
+            return None
+        url = _redis_url(named)
+        if url is None:
+            raise ConfigurationError("mcp_store_url starts with redis://, rediss://, redis+socket:// or sentinel://")
+        options = conf.get("mcp_store_options") or {}
+        if not isinstance(options, Mapping):
+            raise ConfigurationError("mcp_store_options is a mapping of names to values, as redis-py takes them")
+        return replace(lives, url=url, options=options)
+    for written, use_ssl, transport in (
+        (conf.result_backend, "redis_backend_use_ssl", "result_backend_transport_options"),
+        (conf.broker_url, "broker_use_ssl", "broker_transport_options"),
+    ):
+        url = _redis_url(written)
+        if url is not None:
+            return replace(lives, url=url, options=_redis_options(url, conf.get(use_ssl), conf.get(transport)))
     return None
+
+
+def reaper_settings(conf: Conf) -> ReaperSettings:
+    """Return how a worker looks after sessions.
+
+    Raises:
+        ConfigurationError: A number is wrong.
+    """
+    return ReaperSettings(
+        enabled=bool(conf.get("mcp_reaper", True)),
+        interval_seconds=_number(conf, "mcp_reaper_interval_seconds", 5.0),
+    )
+
+
+def _redis_url(written: object) -> str | None:
+    """Return a URL of Celery as redis-py writes it, or None where it is not of a Redis."""
+    if isinstance(written, list | tuple):
+        written = ";".join(map(str, written))
+    if not isinstance(written, str):
+        return None
+    scheme, separator, rest = written.partition("://")
+    if not separator or scheme not in _REDIS_SCHEMES:
+        return None
+    if scheme == "sentinel":
+        return written
+    # Of brokers to fail over to, the first.
+    return f"{_REDIS_SCHEMES[scheme]}://{_as_redis_writes(rest.split(';')[0])}"
+
+
+def _redis_options(url: str, use_ssl: object, transport: object) -> dict[str, Any]:
+    """Return what Celery keeps beside the URL of a Redis."""
+    options: dict[str, Any] = {}
+    if use_ssl and not url.startswith("unix:"):
+        options |= {"ssl": True, **(use_ssl if isinstance(use_ssl, Mapping) else {})}
+    elif url.startswith("rediss:") and "ssl_" not in url:
+        # As kombu reads such a URL of a broker, and warns of it; Celery refuses such a URL of a result backend.
+        options["ssl_cert_reqs"] = "none"
+    if url.startswith("sentinel:") and isinstance(transport, Mapping):
+        options |= {name: transport[name] for name in ("master_name", "sentinel_kwargs") if name in transport}
+    return options
+
+
+def _prefix(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.:-]+", value):
+        raise ConfigurationError("mcp_store_prefix is a text of letters, digits and _ . : -")
+    return value
+
+
+def _number(conf: Conf, name: str, default: float, *, least: float | None = None) -> float:
+    value = conf.get(name, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value < math.inf
+    if not is_number or (value <= 0 if least is None else value < least):
+        raise ConfigurationError(f"{name} is a number of seconds {'above 0' if least is None else 'of 0 or more'}")
+    return float(value)
 
 
 def _as_redis_writes(rest: str) -> str:
@@ -168,6 +265,10 @@ def _seconds(name: str, key: str, value: object) -> float:
     return float(value)
 
 
+def _seconds_or_never(name: str, key: str, value: object) -> float:
+    return 0.0 if value == 0 and not isinstance(value, bool) else _seconds(name, key, value)
+
+
 def _text(name: str, key: str, value: object) -> str:
     if not isinstance(value, str):
         raise ConfigurationError(f"MCP server {name!r}: {key!r} is a text")
@@ -185,6 +286,7 @@ _CHECKS: dict[str, Any] = {
     "headers": _headers,
     "connect_timeout_seconds": _seconds,
     "read_timeout_seconds": _seconds,
+    "keepalive_seconds": _seconds_or_never,
     "ca_file": _text,
     "listen": _flag,
 }

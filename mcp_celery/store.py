@@ -1,86 +1,186 @@
-"""Who still holds a session that goes on in several branches of a workflow: a set of task IDs in Redis or Valkey.
+"""What outlives a worker: which sessions there are, who still holds each, until when, and what happened in them.
 
-A session that goes from step to step needs no store: who has nothing to pass it on to, ends it. Where one step passes
-it on to several, each of them, and each that it passes on to in turn, is a holder. Whoever leaves the set empty ends
-the session.
-
-The store is never needed to go on: without an answer from it a session is left to the idle timeout of its server.
+The store is never needed to go on: the handle in a message is enough to resume. Without an answer from the store a
+session is left to the idle timeout of its server.
 """
 
-import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
 
-from .exceptions import StoreError
+from .handle import SessionHandle
 
-if TYPE_CHECKING:
-    from redis import Redis
 
-#: How long the store may take, for a connection and for an answer. A task waits for it.
-TIMEOUT_SECONDS = 2.0
-#: How long the holders of a session are remembered after the last change.
-TTL_SECONDS = 7 * 24 * 3600
+class Standing(Enum):
+    """Where a session stands once its holders have changed."""
 
-#: KEYS: the holders of a session. ARGV: time to live in seconds, how many leave, those who leave, those who join.
-#: Returns how many hold it then, or -1 where somebody leaves a set that is not there: it has expired, or the server was
-#: flushed. Then nobody joins either, since a part of the holders would look like all of them.
-_EXCHANGE_HOLDERS = """
-local leaving = tonumber(ARGV[2])
-if leaving > 0 and redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
-for i = 3, 2 + leaving do redis.call('SREM', KEYS[1], ARGV[i]) end
-for i = 3 + leaving, #ARGV do redis.call('SADD', KEYS[1], ARGV[i]) end
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-return redis.call('SCARD', KEYS[1])
-"""
+    #: Somebody holds it.
+    HELD = "held"
+    #: The caller has left it without holders, and is the one to end it.
+    LAST = "last"
+    #: It has ended, was lost, or somebody else is ending it: nothing is left to do.
+    ENDED = "ended"
+    #: The store does not know it: it never did, was flushed, or has forgotten it.
+    UNCOUNTED = "uncounted"
+
+
+class Leaving(Enum):
+    """What is to become of a session that has no holders after a change."""
+
+    #: The caller ends it at the server, then says so with `Store.ended`.
+    CLOSE = "close"
+    #: It stays alive at the server and is nobody's business here.
+    DETACH = "detach"
+    #: The reaper ends it soon: the caller may not, or cannot.
+    ABANDON = "abandon"
+    #: The server has lost it: there is nothing to end.
+    LOST = "lost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What one step does to the holders of a session. Holders are task IDs."""
+
+    leaving: Sequence[str] = ()
+    #: Task ID to task name. Who has left before it joined does not join any more.
+    joining: Mapping[str, str] = field(default_factory=dict)
+    #: What to do where nobody holds it then.
+    when_empty: Leaving = Leaving.CLOSE
+    #: Begin to count where the store does not know the session: the caller knows all of its holders.
+    create: bool = False
+    #: For the history, JSON types.
+    events: Sequence[Mapping[str, Any]] = ()
+    #: Who opened the session, JSON types; kept when the counting begins.
+    opened_by: Mapping[str, Any] | None = None
+    #: Seconds without use after which the reaper pings the session; 0 for never.
+    keepalive_seconds: float = 0
+    #: More holders may join within so many seconds, though nobody should be there meanwhile.
+    settling_seconds: float = 0
+    #: Who leaves does not join again: an errback may have come and gone before a failed task counts it.
+    for_good: bool = False
+
+
+class Parked(NamedTuple):
+    """A session that the reaper has taken on."""
+
+    key: str
+    handle: SessionHandle
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionRecord:
+    """What the store knows of a session. Holds no secret. Times are seconds since the epoch, by the store's clock."""
+
+    #: The first 32 hex digits of the SHA-256 of the session ID.
+    key: str
+    server: str
+    #: "open", "closing", "closed", "detached" or "lost".
+    state: str
+    opened_at: float
+    #: `{"task": name, "id": task ID, "worker": host name}`; empty for a session that was given from outside.
+    opened_by: Mapping[str, Any]
+    #: Task ID to task name.
+    holders: Mapping[str, str]
+    used_at: float
+    #: When the reaper ends it, unless it is used before; None once it has ended.
+    deadline: float | None
+    ended_at: float | None
+
+    @property
+    def short_id(self) -> str:
+        """The first 8 hex digits of the SHA-256 of the session ID."""
+        return self.key[:8]
 
 
 class Store(Protocol):
-    """Counts the holders of sessions. Each method is one atomic step and one round trip."""
+    """Counts the holders of sessions. Each method that changes something is one atomic step.
 
-    def pass_on(self, session: str, leaving: Sequence[str], joining: Sequence[str]) -> int | None:
-        """Have the holders *leaving* (task IDs) give way to those *joining*; return how many hold *session* then.
+    A session goes by `SessionHandle.key`, a hash of its ID.
 
-        With nobody leaving, the counting of *session* (a hash of its ID) begins. None where it is not being counted:
-        it never was, its time ran out, or the store was flushed.
+    Raises (each method):
+        StoreError: The store did not answer.
+    """
 
-        Raises:
-            StoreError: The store did not answer.
+    # -- For tasks
+
+    def change(self, handle: SessionHandle, change: Change) -> Standing:
+        """Have holders leave and join, note what happened, and renew the deadline."""
+        ...
+
+    def ended(self, key: str, event: Mapping[str, Any]) -> None:
+        """Note that the session has ended at its server; forget all but its history."""
+        ...
+
+    def lost_at(self, key: str) -> float | None:
+        """Return when the session was found to be lost at its server, or None."""
+        ...
+
+    # -- For workers
+
+    def held_by(self, task_id: str) -> list[SessionHandle]:
+        """Return the handles of the sessions that a task holds."""
+        ...
+
+    def abandon(self, task_ids: Sequence[str]) -> None:
+        """Have these tasks, which never run or have died, hold nothing; what nobody holds then, the reaper ends."""
+        ...
+
+    def renew(self, task_ids: Sequence[str]) -> dict[str, list[SessionRecord]]:
+        """Renew the deadlines of all sessions that these tasks hold, for they run; return the sessions of each."""
+        ...
+
+    def announce(self, names: Sequence[str]) -> None:
+        """Note that these tasks are MCP tasks, for workers that do not have them. Forgotten when not said again."""
+        ...
+
+    def announced(self) -> frozenset[str]:
+        """Return the names of all MCP tasks that some worker has."""
+        ...
+
+    def lead(self, worker: str, seconds: float) -> bool:
+        """Return whether *worker* leads for the next *seconds*: it did, or nobody does."""
+        ...
+
+    def resign(self, worker: str) -> None:
+        """Have *worker* lead no more."""
+        ...
+
+    def has_due(self) -> bool:
+        """Return whether a session is past its deadline or is to be pinged."""
+        ...
+
+    # -- For the reaper
+
+    def take_expired(self, limit: int) -> list[Parked]:
+        """Return sessions past their deadline, for the caller to end; not again within a minute."""
+        ...
+
+    def take_idle(self, limit: int) -> list[Parked]:
+        """Return held sessions that were idle for the time of their server, for the caller to ping; once."""
+        ...
+
+    def note_lost(self, key: str) -> None:
+        """Note that the server no longer knows the session."""
+        ...
+
+    # -- For commands
+
+    def sessions(self, *, ended: bool = False) -> Iterator[SessionRecord]:
+        """Return the sessions that have not ended, the next deadline first.
+
+        With *ended* those whose history is kept, the last ended first.
         """
         ...
 
+    def find(self, digits: str) -> list[SessionRecord]:
+        """Return the sessions, ended ones too, whose key begins with *digits*."""
+        ...
 
-class RedisStore:
-    """The store on Redis 6.2+ or Valkey. One key a session, with a time to live, so fit for a cluster."""
+    def history(self, key: str) -> list[dict[str, Any]]:
+        """Return what happened in a session, in order; of a long history its end."""
+        ...
 
-    def __init__(self, url: str, *, prefix: str = "mcp_celery") -> None:
-        self._url = url
-        self._prefix = prefix
-        self._clients: dict[int, Redis] = {}
-
-    def pass_on(self, session: str, leaving: Sequence[str], joining: Sequence[str]) -> int | None:
-        """See `Store.pass_on`."""
-        from redis import RedisError  # noqa: PLC0415 - only where branches are counted
-
-        try:
-            arguments: tuple[str | int, ...] = (TTL_SECONDS, len(leaving), *leaving, *joining)
-            count = int(self._client().eval(_EXCHANGE_HOLDERS, 1, self._key(session), *arguments))
-        except (RedisError, OSError, TypeError, ValueError) as exc:
-            # TypeError and ValueError: an option of the URL that redis-py does not know.
-            raise StoreError(f"The store did not answer ({type(exc).__name__})") from exc
-        return None if count < 0 else count
-
-    def _key(self, session: str) -> str:
-        return f"{self._prefix}:{{{session}}}:holders"
-
-    def _client(self) -> "Redis":
-        """Return this process's client: connections may not be shared with a forked child."""
-        from redis import Redis  # noqa: PLC0415 - only where branches are counted
-
-        client = self._clients.get(os.getpid())
-        if client is None:
-            timeouts = {"socket_timeout": TIMEOUT_SECONDS, "socket_connect_timeout": TIMEOUT_SECONDS}
-            client = self._clients[os.getpid()] = Redis.from_url(self._url, **timeouts)
-        return client
-
-    def __repr__(self) -> str:
-        return f"<RedisStore {self._prefix}>"
+    def take(self, key: str) -> Parked | None:
+        """Return a session for the caller to end now, whoever holds it; None where it has ended."""
+        ...

@@ -1,6 +1,6 @@
 """`self.mcp`: the synchronous face of a session, for task functions."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import mcp_types as types
 
     from .handle import SessionHandle
-    from .session import AsyncMCPSession, Connections, ProgressCallback
+    from .session import AsyncMCPSession, Call, Connections, Ledger, ProgressCallback
     from .settings import ServerSettings
 
 T = TypeVar("T")
@@ -25,6 +25,9 @@ def new_session(
     settings: "ServerSettings",
     handle: "SessionHandle | None" = None,
     sibling: "Callable[[str], MCPSession] | None" = None,
+    *,
+    ledger: "Ledger | None" = None,
+    lost_at: float | None = None,
 ) -> "MCPSession":
     """Return a session on this process's event loop, which starts at the first use. Sends nothing.
 
@@ -38,7 +41,8 @@ def new_session(
     if connections is None:
         connections = _connections.setdefault(portal, Connections())
         portal.on_close(connections.aclose)
-    return MCPSession(AsyncMCPSession(settings, connections, handle), portal, sibling)
+    session = AsyncMCPSession(settings, connections, handle, ledger=ledger, lost_at=lost_at)
+    return MCPSession(session, portal, sibling)
 
 
 class MCPSession:
@@ -94,6 +98,16 @@ class MCPSession:
     def is_open(self) -> bool:
         """Whether the session was opened or resumed here and has not ended."""
         return self._session.is_open
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the server has lost the session."""
+        return self._session.is_lost
+
+    @property
+    def calls(self) -> "Sequence[Call]":
+        """The calls that this task has made; of many, the last."""
+        return self._session.calls
 
     @property
     def requests_sent(self) -> int:

@@ -4,10 +4,12 @@ import logging
 import re
 from typing import Any
 
+from billiard.exceptions import WorkerLostError
 from celery.app.task import Context
 from celery.worker.request import Request
 
-from .workflow import KEY, Given, shown, shown_handles
+from .execution import bind_errbacks, never_runs
+from .workflow import KEY, Given, redacted, shown
 
 #: Celery prints whole messages there: at DEBUG what goes to the pool, at ERROR a message whose task is not registered.
 _MESSAGE_LOGGERS = ("celery.pool", "celery.worker.consumer.consumer")
@@ -21,11 +23,10 @@ class MCPRequest(Request):
         super().__init__(*args, **kwargs)
         self._kwargs: dict[str, Any]
         self.mcp_session = Given(self._kwargs.get(KEY))
-        if self.mcp_session.value is not None:
+        if (kwargs := redacted(self._kwargs)) is not self._kwargs:
             # What a publisher that does not know the task has put there shows a handle whole.
             self._kwargsrepr = self._request_dict["kwargsrepr"] = shown(self._kwargs)
-            redacted = {**self._kwargs, KEY: shown_handles(self.mcp_session.value)}
-            self._kwargs = self._request_dict["kwargs"] = redacted
+            self._kwargs = self._request_dict["kwargs"] = kwargs
 
     @property
     def _context(self) -> Context:
@@ -36,6 +37,23 @@ class MCPRequest(Request):
             context.kwargs = {key: value for key, value in context.kwargs.items() if key != KEY}
             context.mcp_session = self.mcp_session
         return context
+
+    def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
+        """Give the sessions of a task whose process is gone to its errbacks."""
+        # Billiard may have put the exception into one that carries its traceback.
+        exc = getattr(exc_info.exception, "exc", exc_info.exception)
+        if isinstance(exc, WorkerLostError | SystemExit):
+            bind_errbacks(self.task, self._context)
+        return super().on_failure(exc_info, *args, **kwargs)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """See to the sessions of a task that a hard time limit has ended; Celery says nothing of its request."""
+        if not soft:
+            bind_errbacks(self.task, self._context)
+        super().on_timeout(soft, timeout)
+        is_requeued = self.task.acks_late and not self.task.acks_on_timeout
+        if not soft and not is_requeued:
+            never_runs(self.task, self._context)
 
 
 def _cut_handles(record: logging.LogRecord) -> bool:

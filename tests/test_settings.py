@@ -1,15 +1,26 @@
-"""The settings of servers: read through Celery's own configuration, checked before anything is sent."""
+"""The settings of servers, store and reaper: read through Celery's configuration, checked before anything is sent."""
 
+import ssl
 import traceback
 
 import pytest
 from celery import Celery
 
 from mcp_celery.exceptions import ConfigurationError
-from mcp_celery.settings import server_name, server_settings, store_url
+from mcp_celery.redis_store import get_store
+from mcp_celery.settings import (
+    ReaperSettings,
+    StoreSettings,
+    reaper_settings,
+    server_name,
+    server_settings,
+    store_settings,
+)
 
 SECRET = "t0p-s3cret"  # noqa: S105 - looked for in what is shown
 URL = "http://127.0.0.1:8000/mcp"
+#: What is no number of seconds, nor 0.
+NO_SECONDS = [-1, float("inf"), float("nan"), "5", None, True]
 
 
 @pytest.fixture
@@ -37,6 +48,7 @@ def test_a_server_needs_no_more_than_its_url(conf):
     settings = server_settings(conf(browser={"url": URL}), "browser")
     assert (settings.name, settings.url, settings.headers) == ("browser", URL, ())
     assert (settings.connect_timeout_seconds, settings.read_timeout_seconds) == (5.0, 300.0)
+    assert settings.keepalive_seconds == 300.0
     assert (settings.ca_file, settings.listen) == (None, False)
 
 
@@ -51,12 +63,14 @@ def test_every_option_is_taken(conf):
         "headers": {"Authorization": f"Bearer {SECRET}"},
         "connect_timeout_seconds": 1,
         "read_timeout_seconds": 2.5,
+        "keepalive_seconds": 0.5,
         "ca_file": "ca.pem",
         "listen": True,
     }
     settings = server_settings(conf(browser=options), "browser")
     assert settings.headers == (("Authorization", f"Bearer {SECRET}"),)
     assert (settings.connect_timeout_seconds, settings.read_timeout_seconds) == (1.0, 2.5)
+    assert settings.keepalive_seconds == 0.5
     assert (settings.ca_file, settings.listen) == ("ca.pem", True)
 
 
@@ -167,10 +181,19 @@ def test_headers_that_cannot_be_sent_are_refused_and_not_shown(conf, headers):
     assert "'headers'" in refusal(conf(browser={"url": URL, "headers": headers}), "browser")
 
 
-@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan"), "5", None, True])
+@pytest.mark.parametrize("value", [0, *NO_SECONDS])
 @pytest.mark.parametrize("option", ["connect_timeout_seconds", "read_timeout_seconds"])
 def test_a_timeout_is_a_positive_number(conf, option, value):
     assert option in refusal(conf(browser={"url": URL, option: value}), "browser")
+
+
+@pytest.mark.parametrize("value", [False, *NO_SECONDS])
+def test_a_time_for_keeping_alive_is_a_positive_number(conf, value):
+    assert "keepalive_seconds" in refusal(conf(browser={"url": URL, "keepalive_seconds": value}), "browser")
+
+
+def test_a_time_for_keeping_alive_may_be_0_for_never(conf):
+    assert server_settings(conf(browser={"url": URL, "keepalive_seconds": 0}), "browser").keepalive_seconds == 0
 
 
 @pytest.mark.parametrize(("option", "value"), [("listen", 1), ("listen", "yes"), ("ca_file", 7)])
@@ -199,23 +222,44 @@ def test_servers_that_are_no_mapping_are_refused():
     assert "mapping" in refusal(app.conf, "browser")
 
 
+# The store
+
+
+def conf_of(**settings):
+    """The configuration of an app whose broker and result backend are no Redis, unless *settings* say so."""
+    app = Celery("app", set_as_current=False)
+    app.conf.update({"broker_url": "amqp://", "result_backend": "rpc://", **settings})
+    return app.conf
+
+
+def store_refusal(conf):
+    """The text of the ConfigurationError, which holds no secret."""
+    with pytest.raises(ConfigurationError) as caught:
+        store_settings(conf)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("written", "read"),
     [
         ("redis://h:1/2", "redis://h:1/2"),
+        (f"redis://user:{SECRET}@h", f"redis://user:{SECRET}@h"),
         (
             "rediss://h/0?ssl_cert_reqs=CERT_REQUIRED&ssl_ca_certs=/A",
             "rediss://h/0?ssl_cert_reqs=required&ssl_ca_certs=/A",
         ),
+        ("rediss://h/0?ssl_cert_reqs=none", "rediss://h/0?ssl_cert_reqs=none"),
         ("redis+socket:///run/redis.sock?virtual_host=5", "unix:///run/redis.sock?db=5"),
+        ("unix:///run/redis.sock?db=5", "unix:///run/redis.sock?db=5"),
+        ("valkey://h", "redis://h"),
         ("redis://a:1;redis://b:1", "redis://a:1"),
-        ("", None),
+        ("sentinel://a:1/0;sentinel://b:2", "sentinel://a:1/0;sentinel://b:2"),
     ],
 )
 def test_the_store_is_written_as_celery_writes_redis(written, read):
-    app = Celery("app", broker="amqp://", set_as_current=False)
-    app.conf.mcp_store_url = written
-    assert store_url(app.conf) == read
+    for settings in ({"mcp_store_url": written}, {"result_backend": written}, {"broker_url": written}):
+        assert store_settings(conf_of(**settings)).url == read
 
 
 @pytest.mark.parametrize(
@@ -223,23 +267,132 @@ def test_the_store_is_written_as_celery_writes_redis(written, read):
     [
         ("redis://results/1", "redis://broker/0", "redis://results/1"),
         ("rpc://", "redis://broker/0", "redis://broker/0"),
+        ("rpc://", ["redis://one/0", "redis://other/0"], "redis://one/0"),
+        ("rpc://", ["sentinel://one/0", "sentinel://other/0"], "sentinel://one/0;sentinel://other/0"),
         ("rpc://", "amqp://", None),
+        ("rpc://", "filesystem://", None),
+        ("db+sqlite:///results.db", ["amqp://one", "amqp://other"], None),
+        ("file:///results", None, None),
     ],
 )
 def test_the_store_is_the_result_backend_or_else_the_broker(backend, broker, read):
-    assert store_url(Celery("app", broker=broker, backend=backend, set_as_current=False).conf) == read
+    settings = store_settings(conf_of(broker_url=broker, result_backend=backend))
+    assert (settings and settings.url) == read
 
 
 def test_the_store_is_found_where_celery_reads_the_environment(monkeypatch):
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://broker/0")
-    assert store_url(Celery("app", set_as_current=False).conf) == "redis://broker/0"
+    assert store_settings(Celery("app", set_as_current=False).conf).url == "redis://broker/0"
     monkeypatch.setenv("CELERY_RESULT_BACKEND", "redis://results/0")
-    assert store_url(Celery("app", set_as_current=False).conf) == "redis://results/0"
+    assert store_settings(Celery("app", set_as_current=False).conf).url == "redis://results/0"
 
 
-def test_a_store_that_is_no_redis_is_a_mistake():
-    app = Celery("app", broker="memory://", set_as_current=False)
-    app.conf.mcp_store_url = "http://somewhere:s3cret@h"
-    with pytest.raises(ConfigurationError, match="mcp_store_url starts with") as caught:
-        store_url(app.conf)
-    assert "s3cret" not in str(caught.value)
+def test_a_named_store_comes_before_all_others_and_an_empty_name_means_none():
+    redis = {"broker_url": "redis://broker/0", "result_backend": "redis://results/0"}
+    assert store_settings(conf_of(**redis, mcp_store_url="redis://named/0")).url == "redis://named/0"
+    assert store_settings(conf_of(**redis, mcp_store_url="")) is None
+    assert get_store(conf_of(**redis, mcp_store_url="")) is None
+
+
+def test_a_store_is_one_object_for_equal_settings():
+    named = {"mcp_store_url": "redis://h/0", "mcp_store_options": {"password": SECRET}}
+    assert get_store(conf_of(**named)) is get_store(conf_of(**named))
+    assert get_store(conf_of(**named)) is not get_store(conf_of(**{**named, "mcp_store_options": {"password": "x"}}))
+    assert get_store(conf_of(**named)) is not get_store(conf_of(**named, mcp_store_prefix="other"))
+
+
+TLS = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": "ca.pem"}
+SENTINEL = {"master_name": "themaster", "sentinel_kwargs": {"password": SECRET}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"broker_url": "rediss://h", "broker_use_ssl": TLS}, {"ssl": True, **TLS}),
+        ({"broker_url": "redis://h", "broker_use_ssl": TLS}, {"ssl": True, **TLS}),
+        ({"result_backend": "rediss://h", "redis_backend_use_ssl": TLS}, {"ssl": True, **TLS}),
+        ({"result_backend": "redis://h", "broker_use_ssl": TLS}, {}),
+        ({"result_backend": "redis+socket:///s", "redis_backend_use_ssl": TLS}, {}),
+        ({"broker_url": "rediss://h"}, {"ssl_cert_reqs": "none"}),
+        ({"broker_url": "rediss://h?ssl_ca_certs=A"}, {}),
+        ({"broker_url": "sentinel://h", "broker_transport_options": {**SENTINEL, "priority_steps": [0]}}, SENTINEL),
+        ({"result_backend": "sentinel://h", "result_backend_transport_options": SENTINEL}, SENTINEL),
+        ({"result_backend": "sentinel://h", "broker_transport_options": SENTINEL}, {}),
+        ({"broker_url": "redis://h", "broker_transport_options": SENTINEL}, {}),
+        ({"mcp_store_url": "rediss://h", "broker_use_ssl": TLS}, {}),
+        ({"mcp_store_url": "rediss://h", "mcp_store_options": {"ssl_ca_certs": "A"}}, {"ssl_ca_certs": "A"}),
+        ({"broker_url": "redis://h", "mcp_store_options": {"ssl_ca_certs": "A"}}, {}),
+    ],
+    ids=repr,
+)
+def test_the_options_of_a_store_are_those_that_stand_beside_its_url(settings, options):
+    assert store_settings(conf_of(**settings)).options == options
+
+
+def test_the_settings_of_a_store_have_defaults():
+    assert store_settings(conf_of(mcp_store_url="redis://h")) == StoreSettings(
+        url="redis://h", options={}, prefix="mcp_celery", session_ttl_seconds=24 * 3600, history_seconds=3600
+    )
+
+
+def test_every_setting_of_a_store_is_taken_from_a_namespace_too():
+    app = Celery(set_as_current=False)
+    settings = {
+        "CELERY_MCP_STORE_URL": "redis://h",
+        "CELERY_MCP_STORE_OPTIONS": {"db": 3},
+        "CELERY_MCP_STORE_PREFIX": "team:app-1.mcp",
+        "CELERY_MCP_SESSION_TTL_SECONDS": 60,
+        "CELERY_MCP_HISTORY_SECONDS": 0,
+        "CELERY_MCP_REAPER": False,
+        "CELERY_MCP_REAPER_INTERVAL_SECONDS": 0.5,
+    }
+    app.config_from_object(settings, namespace="CELERY")
+    assert store_settings(app.conf) == StoreSettings(
+        url="redis://h", options={"db": 3}, prefix="team:app-1.mcp", session_ttl_seconds=60, history_seconds=0
+    )
+    assert reaper_settings(app.conf) == ReaperSettings(enabled=False, interval_seconds=0.5)
+
+
+def test_the_settings_of_a_store_show_neither_url_nor_options():
+    settings = store_settings(conf_of(mcp_store_url=f"redis://:{SECRET}@h", mcp_store_options={"password": SECRET}))
+    assert "mcp_celery" in repr(settings)
+    assert SECRET not in repr(settings) + str(settings) + repr(get_store(conf_of(mcp_store_url=f"redis://:{SECRET}@h")))
+
+
+@pytest.mark.parametrize("url", [f"http://u:{SECRET}@h", f"memcached://{SECRET}", SECRET, 7, {"url": SECRET}], ids=str)
+def test_a_store_that_is_no_redis_is_a_mistake(url):
+    assert "mcp_store_url starts with" in store_refusal(conf_of(mcp_store_url=url))
+
+
+@pytest.mark.parametrize("options", [SECRET, [SECRET], 7], ids=repr)
+def test_options_of_a_store_are_a_mapping(options):
+    conf = conf_of(mcp_store_url="redis://h", mcp_store_options=options)
+    assert "mcp_store_options is a mapping" in store_refusal(conf)
+
+
+@pytest.mark.parametrize("prefix", ["", "a b", "{a}", "a*", "a\n", None, 7], ids=repr)
+def test_a_prefix_is_a_text_that_may_stand_in_keys(prefix):
+    assert "mcp_store_prefix" in store_refusal(conf_of(mcp_store_url="redis://h", mcp_store_prefix=prefix))
+
+
+@pytest.mark.parametrize("value", [0, *NO_SECONDS])
+def test_the_life_of_a_session_is_a_positive_number(value):
+    assert "mcp_session_ttl_seconds" in store_refusal(conf_of(mcp_session_ttl_seconds=value))
+
+
+@pytest.mark.parametrize("value", [False, *NO_SECONDS])
+def test_the_time_of_a_history_is_0_or_a_positive_number(value):
+    assert "mcp_history_seconds" in store_refusal(conf_of(mcp_history_seconds=value))
+
+
+# The reaper
+
+
+def test_the_reaper_works_unless_told_otherwise():
+    assert reaper_settings(conf_of()) == ReaperSettings(enabled=True, interval_seconds=5)
+
+
+@pytest.mark.parametrize("value", [0, *NO_SECONDS])
+def test_the_interval_of_the_reaper_is_a_positive_number(value):
+    with pytest.raises(ConfigurationError, match="mcp_reaper_interval_seconds"):
+        reaper_settings(conf_of(mcp_reaper_interval_seconds=value))

@@ -1,6 +1,5 @@
 """Two workers on one recorded server, for all tests here that need no more."""
 
-import gc
 import importlib
 import sys
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import pytest
 from peers.recorder import Recorder
 from processes import wait_until
+from redis import Redis
+from signatures import Steps
 from worker_process import Worker
 
 from mcp_celery import SessionHandle
@@ -31,8 +32,9 @@ class Project:
         """Kill the workers, and close what the publisher has open."""
         for worker in self.workers:
             worker.kill()
-        gc.collect()  # results unsubscribe when they are collected, for which the server has to be there
-        self.app.backend.result_consumer.stop()
+        consumer = self.app.backend.result_consumer
+        consumer.stop()
+        consumer.subscribed_to.clear()  # or results unsubscribe when they are collected, perhaps too late
         self.app.close()
 
     def begin(self):
@@ -65,15 +67,39 @@ class Project:
         session.call_tool("set_variable", {"name": name, "value": value})
         session.release()
 
+    def stored(self):
+        """The keys of the store, each with its time to live, without those that tell of workers."""
+        with Redis.from_url(self.app.conf.broker_url, decode_responses=True) as client:
+            names = [name for name in client.keys("{mcp_celery}*") if not name.endswith((":leader", ":tasks"))]
+            return {name: client.ttl(name) for name in names}
+
+    def forget_stored(self):
+        """Empty the store of the one session that a test leaves in it by intention."""
+        assert len([name for name in self.stored() if ":session:" in name]) == 1
+        self.empty_store()
+
+    def empty_store(self):
+        """Forget all sessions, so that what one test leaves behind fails no other."""
+        with Redis.from_url(self.app.conf.broker_url) as client:
+            if stored := self.stored():
+                client.delete(*stored)
+
     def idle(self):
         """Wait until no worker has anything to do."""
-        inspect = self.app.control.inspect(timeout=0.3)
+        inspect = self.app.control.inspect(timeout=0.3, limit=len(self.workers))
 
         def is_idle():
             active, reserved = inspect.active() or {}, inspect.reserved() or {}
             return len(active) == len(self.workers) and not any([*active.values(), *reserved.values()])
 
         wait_until(is_idle, 20, "the workers to be idle")
+
+    def rest(self):
+        """Wait until nothing is in the queues of the workers, and none of them has anything to do."""
+        with Redis.from_url(self.app.conf.broker_url) as client:
+            queues = [*(worker.name for worker in self.workers), self.app.conf.task_default_queue]
+            wait_until(lambda: not any(client.llen(queue) for queue in queues), 20, "empty queues")
+        self.idle()
 
 
 def start_project(peer_url, broker, folder, environment=None, options=()):
@@ -114,8 +140,21 @@ def peer_project(session_peers, valkey_server, tmp_path_factory):
 
 @pytest.fixture
 def project(peer_project):
-    """Two idle workers, and a recorder that has seen nothing yet. What they log is shown with a failure."""
+    """Two idle workers, and a recorder that has seen nothing yet. What they log is shown with a failure.
+
+    Nothing may be left in the store at the end of a test.
+    """
     peer_project.begin()
     yield peer_project
     for name, log in peer_project.logs().items():
         print(f"--- worker {name}\n{log}")
+    try:
+        wait_until(lambda: not peer_project.stored(), 5, f"an empty store; it has {peer_project.stored()}")
+    finally:
+        peer_project.empty_store()
+
+
+@pytest.fixture
+def s(project):
+    """Signatures of the tasks of the project, on its two workers in turn."""
+    return Steps(project.tasks)

@@ -1,7 +1,10 @@
 """The app that the workers of these tests run. Everything that differs comes from the environment."""
 
 import os
+import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 from celery import Celery, chain
@@ -20,6 +23,10 @@ app.conf.update(
     },
     peer_kind=os.environ.get("PEER_KIND", ""),
     mcp_store_url=os.environ.get("STORE"),
+    mcp_history_seconds=float(os.environ.get("HISTORY", "0")),
+    mcp_session_ttl_seconds=float(os.environ.get("TTL", "86400")),
+    mcp_reaper_interval_seconds=0.5,
+    worker_lost_wait=0.5,
     result_extended=True,
     task_track_started=True,
     worker_send_task_events=True,
@@ -345,3 +352,168 @@ def uses_unnamed(self):
 @task(base=MCPTask, bind=True, mcp_server="second")
 def recalls_second(self, is_other, name):
     return [is_other, self.mcp.call_tool("get_variable", {"name": name}).content[0].text]
+
+
+# The steps of test_shapes.py and test_ends.py
+
+
+@task(base=PeerTask, bind=True)
+def total(self, values):
+    """The body of a chord: add up what the header returned, however deep it lies."""
+    self.mcp.call_tool("echo", {"text": "total"})
+    return sum_of(values)
+
+
+@task()
+def plain_total(values):
+    return sum_of(values)
+
+
+def sum_of(values):
+    return sum(map(sum_of, values)) if isinstance(values, list) else values
+
+
+@task(base=PeerTask, bind=True)
+def names(self, value, name):
+    """Set a variable of this name, by which a test tells the session in the recorder."""
+    self.mcp.call_tool("set_variable", {"name": name, "value": "yes"})
+    return value
+
+
+@task(base=MCPTask, bind=True, mcp_server="second")
+def add_second(self, a, b):
+    return int(self.mcp.call_tool("add", {"a": a, "b": b}).content[0].text)
+
+
+@task(base=MCPTask, bind=True, mcp_servers=("peer", "second"))
+def add_both(self, a, b):
+    once = int(self.mcp.call_tool("add", {"a": a, "b": b}).content[0].text)
+    return int(self.mcp["second"].call_tool("add", {"a": once, "b": b}).content[0].text)
+
+
+@task(base=PeerTask, bind=True)
+def replaced_by(self, value, signature):
+    """Replace this task by any signature, which is not seen before."""
+    self.mcp.call_tool("echo", {"text": "replaced"})
+    return self.replace(self.app.signature(signature))
+
+
+@task(base=PeerTask, bind=True)
+def adds_to_chord(self, value, signature):
+    """Add one more member to the header that this task is in."""
+    self.mcp.call_tool("echo", {"text": "added"})
+    self.add_to_chord(self.app.signature(signature))
+    return value
+
+
+@task(base=PeerTask, bind=True)
+def calls_another(self, value):
+    """Call another task as a function."""
+    self.mcp.call_tool("echo", {"text": "outer"})
+    return add(value, 1)
+
+
+@task()
+def calls_plainly(value):
+    return add(value, 1)
+
+
+@task(base=PeerTask, bind=True)
+def detaches(self, value):
+    self.mcp.call_tool("echo", {"text": "detached"})
+    self.mcp.detach()
+    return value
+
+
+@task(base=PeerTask, bind=True)
+def fails_detached(self, value):
+    self.mcp.call_tool("echo", {"text": "detached"})
+    self.mcp.detach()
+    raise ValueError(value)
+
+
+@task(base=PeerTask, bind=True)
+def catches_itself(self, is_inner=False):
+    """Call this task as a function, which fails."""
+    self.mcp.call_tool("echo", {"text": "catches"})
+    if is_inner:
+        raise ValueError
+    with suppress(ValueError):
+        self(is_inner=True)
+    return 1
+
+
+@task(base=PeerTask, bind=True)
+def fails_at(self, value, last):
+    self.mcp.call_tool("echo", {"text": str(value)})
+    if value == last:
+        raise ValueError(value)
+    return value
+
+
+@task(base=PeerTask, bind=True)
+def on_error(self, request, exc, traceback):
+    """An errback that Celery calls in place."""
+    self.mcp.call_tool("echo", {"text": f"in place {type(exc).__name__}"})
+
+
+@task(base=PeerTask, bind=True)
+def on_error_of(self, failed_id):
+    """An errback that Celery publishes."""
+    self.mcp.call_tool("echo", {"text": "published"})
+
+
+@task(base=PeerTask, bind=True)
+def fails_on_error(self, request, exc, traceback):
+    self.mcp.call_tool("echo", {"text": "fails itself"})
+    raise RuntimeError("the errback failed")
+
+
+@task(base=PeerTask, bind=True, max_retries=1, default_retry_delay=0)
+def ends(self, value, how):
+    """End in one of the ways in which a task can, once the session was used."""
+    self.mcp.call_tool("echo", {"text": how})
+    end(self, how)
+
+
+@task(base=PeerTask, bind=True, acks_late=True, reject_on_worker_lost=True)
+def ends_once(self, value, how):
+    """The same at the first delivery; the second one succeeds."""
+    self.mcp.call_tool("echo", {"text": how})
+    if not self.request.delivery_info["redelivered"]:
+        end(self, how)
+    return value
+
+
+@task(base=PeerTask, bind=True, retry_on_worker_lost=True, max_retries=1, default_retry_delay=0)
+def dies_once(self, value):
+    """Kill the process, and succeed when Celery retries."""
+    self.mcp.call_tool("echo", {"text": "kill"})
+    if not self.request.retries:
+        end(self, "kill")
+    return value
+
+
+@task(bind=True, max_retries=1, default_retry_delay=0)
+def ends_plainly(self, value, how):
+    end(self, how)
+
+
+def end(task, how):
+    match how:
+        case "failure":
+            raise ValueError(how)
+        case "retries":
+            raise task.retry(exc=ValueError(how))
+        case "ignore":
+            raise Ignore
+        case "reject":
+            raise Reject(how, requeue=False)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang":
+            threading.Event().wait(60)
+        case "stick":
+            # As where a signal reaches no handler, since no Python code runs.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            threading.Event().wait(60)

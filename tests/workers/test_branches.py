@@ -3,8 +3,8 @@
 import pytest
 from celery import chain, chord, group
 from kombu.exceptions import EncodeError
+from processes import wait_until
 from test_chain import CALL, HANDSHAKE, calls_and_handshake, on
-from test_peers_and_pools import start  # noqa: F401 - a fixture
 
 
 def assert_one_session(project, calls):
@@ -14,20 +14,7 @@ def assert_one_session(project, calls):
     assert calls_and_handshake(project.recorder.methods()) == [*HANDSHAKE, *[CALL] * calls, "DELETE"]
 
 
-@pytest.fixture
-def holders(valkey_server):
-    """The keys that the store has now, each with its time to live."""
-
-    def read():
-        with valkey_server.client() as client:
-            client.select(1)
-            return {key: client.ttl(key) for key in client.keys("mcp_celery*")}
-
-    yield read
-    assert read() == {}
-
-
-def test_a_link_beside_a_next_step_shares_the_session(project, holders):
+def test_a_link_beside_a_next_step_shares_the_session(project):
     t = project.tasks
     first = t.remember.s([], "x", "1").set(queue="a", link=t.recall.s("x").set(queue="b"))
     rows = project.run(chain(first, t.recall.s("x").set(queue="a")))
@@ -36,7 +23,7 @@ def test_a_link_beside_a_next_step_shares_the_session(project, holders):
     assert_one_session(project, 3)
 
 
-def test_a_group_and_its_body_share_the_session(project, holders):
+def test_a_group_and_its_body_share_the_session(project):
     t = project.tasks
     members = group(t.recall.si([], "x").set(queue=queue) for queue in ("a", "b", "a"))
     flow = chain(t.remember.si([], "x", "1").set(queue="a"), members, t.gather.s().set(queue="b"))
@@ -46,7 +33,7 @@ def test_a_group_and_its_body_share_the_session(project, holders):
     assert_one_session(project, 5)
 
 
-def test_branches_of_different_length_share_the_session(project, holders):
+def test_branches_of_different_length_share_the_session(project):
     t = project.tasks
     short = t.recall.si([], "x").set(queue="a")
     long = on(chain(t.recall.si([], "x"), t.tag.s(), t.recall.s("x")), "b", "a", "b")
@@ -54,7 +41,7 @@ def test_branches_of_different_length_share_the_session(project, holders):
     assert_one_session(project, 5)
 
 
-def test_a_trailing_group_closes_the_session_after_its_last_member(project, holders):
+def test_a_trailing_group_closes_the_session_after_its_last_member(project):
     t = project.tasks
     members = group(t.recall.si([], "x").set(queue=queue) for queue in ("a", "b"))
     result = chain(t.remember.si([], "x", "1").set(queue="a"), members).apply_async()
@@ -62,7 +49,7 @@ def test_a_trailing_group_closes_the_session_after_its_last_member(project, hold
     assert_one_session(project, 3)
 
 
-def test_a_chord_within_a_chain_shares_the_session_with_what_follows(project, holders):
+def test_a_chord_within_a_chain_shares_the_session_with_what_follows(project):
     t = project.tasks
     inner = chord([t.recall.si([], "x"), t.recall.si([], "x")], t.tag.s())
     value, _ = project.run(chain(t.remember.si([], "x", "1"), inner, t.gather.s()))
@@ -70,7 +57,7 @@ def test_a_chord_within_a_chain_shares_the_session_with_what_follows(project, ho
     assert_one_session(project, 4)
 
 
-def test_a_failed_member_does_not_close_the_session_under_the_others(project, holders):
+def test_a_failed_member_does_not_close_the_session_under_the_others(project):
     t = project.tasks
     waits = chain(t.waits_for.si(1, "late"), t.add.s(1))
     on(waits, "b", "b")
@@ -89,7 +76,7 @@ def test_a_failed_member_does_not_close_the_session_under_the_others(project, ho
     assert names[-1] == "DELETE"
 
 
-def test_a_return_value_that_fits_into_no_message_ends_the_session_for_all_branches(project, holders):
+def test_a_return_value_that_fits_into_no_message_ends_the_session_for_all_branches(project):
     t = project.tasks
     flow = chain(t.returns_no_json.s(), group(t.idle.s(), t.idle.s()), t.idle.s())
     with pytest.raises(EncodeError):
@@ -97,7 +84,7 @@ def test_a_return_value_that_fits_into_no_message_ends_the_session_for_all_branc
     assert_one_session(project, 1)
 
 
-def test_members_that_open_sessions_of_their_own_close_each_its_own(project, holders):
+def test_members_that_open_sessions_of_their_own_close_each_its_own(project):
     t = project.tasks
     flow = chord(group(t.remember.si([], "x", str(n)) for n in range(3)), t.tag.s())
     rows = project.run(flow)
@@ -106,37 +93,13 @@ def test_members_that_open_sessions_of_their_own_close_each_its_own(project, hol
     assert (names.count("POST initialize"), names.count("DELETE")) == (3, 3)
 
 
-def test_what_the_store_keeps_has_a_time_to_live(project, holders, valkey_server):
+def test_what_the_store_keeps_has_a_time_to_live(project):
     t = project.tasks
     slow = group(t.slow.si(20, 0.1).set(queue=queue) for queue in ("a", "b"))
     result = chain(t.remember.si([], "x", "1").set(queue="a"), slow).apply_async()
     project.recorder.wait_for(lambda _: project.recorder.methods().count(CALL) >= 3)
-    kept = holders()
-    assert len(kept) == 1
-    assert all(0 < seconds <= 7 * 24 * 3600 for seconds in kept.values())
-    assert not any(session_id.encode() in key for key in kept for session_id in project.recorder.session_ids)
+    kept = wait_until(project.stored)
+    assert all(0 < seconds <= 2 * 24 * 3600 for seconds in kept.values())
+    assert not any(session_id in key for key in kept for session_id in project.recorder.session_ids)
     result.get(timeout=15)
     assert_one_session(project, 3)
-
-
-def test_without_a_store_a_fan_out_leaves_its_session_to_the_server_and_says_so(start):  # noqa: F811
-    project = start(("python",), {"STORE": ""})
-    project.begin()
-    t = project.tasks
-    first = t.remember.s([], "x", "1").set(queue="a", link=t.recall.s("x").set(queue="b"))
-    rows = project.run(chain(first, t.recall.s("x").set(queue="a")))
-    assert rows[1]["value"] == "1"
-    project.recorder.wait_for(lambda _: project.recorder.methods().count(CALL) == 3)
-    project.idle()
-    assert calls_and_handshake(project.recorder.methods()) == [*HANDSHAKE, CALL, CALL, CALL]
-    assert project.logs()["a"].count("no store counts who still holds it") == 1
-
-
-def test_a_store_that_does_not_answer_loses_no_result(start):  # noqa: F811
-    project = start(("python",), {"STORE": "redis://127.0.0.1:9/0"})
-    t = project.tasks
-    members = group(t.recall.si([], "x").set(queue=queue) for queue in ("a", "b"))
-    value, parts = project.run(chain(t.remember.si([], "x", "1").set(queue="a"), members, t.gather.s().set(queue="a")))
-    assert (value, len(parts)) == ("1", 2)
-    project.idle()
-    assert project.recorder.methods().count("DELETE") == 0

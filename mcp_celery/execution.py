@@ -1,0 +1,640 @@
+"""One execution of an MCP task: the sessions it was given and those it opened, and what becomes of them.
+
+Who holds a session is counted in the store. Without one (or without an answer from it) a session that goes from step
+to step is ended by who has nothing to pass it on to, and one that goes on in several branches is left to the idle
+timeout of its server.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import cache
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from billiard.exceptions import SoftTimeLimitExceeded
+from celery import uuid
+from celery.app.task import Context
+from kombu.exceptions import EncodeError
+
+from .exceptions import ConfigurationError, MCPCeleryError, StoreError
+from .handle import SessionHandle, server_name
+from .redis_store import get_store
+from .settings import Conf, ServerSettings, server_settings
+from .store import Change, Leaving, Standing, Store
+from .sync_session import MCPSession, new_session
+from .workflow import Ahead, Canvas, Carried, Given, Signature, bind, carried, read
+
+logger = logging.getLogger(__name__)
+
+#: A message that cannot be made: wrong arguments, or a value that no serializer takes.
+REFUSED = (TypeError, EncodeError)
+
+#: For how long a process remembers which MCP tasks other workers have.
+ANNOUNCED_SECONDS = 30.0
+#: Members of a group that are given the same session are published within this time of each other.
+GROUP_SECONDS = 5.0
+
+
+class _Shared(NamedTuple):
+    """What eager tasks of an app share."""
+
+    app: Any
+    #: By server: a task that has used the session, and its handle.
+    sessions: dict[str, tuple[Any, SessionHandle]]
+
+
+_shared_by_eager: ContextVar[_Shared | None] = ContextVar("mcp_celery_shared_by_eager", default=None)
+
+
+def execution_of(request: Any) -> "Execution | None":
+    """Return the execution under way in *request*, if it is that of an MCP task."""
+    execution: Execution | None = getattr(request, "mcp_execution", None)
+    return execution
+
+
+def brought_by(request: Any) -> Carried:
+    """Return the sessions that came with the message of *request*.
+
+    Raises:
+        SessionHandleError: One of the handles cannot be read.
+    """
+    given = getattr(request, "mcp_session", None)
+    return read(given.value) if isinstance(given, Given) else Carried()
+
+
+def canvas_of(app: Any) -> Canvas:
+    """Return what finds the MCP tasks of *app* in a canvas."""
+
+    def is_mcp(name: str) -> bool:
+        task = app.tasks.get(name)
+        # Celery's own are in every worker.
+        return is_mcp_task(task) if task is not None or name.startswith("celery.") else name in _announced(app)
+
+    return Canvas(is_mcp)
+
+
+def is_mcp_task(task: object) -> bool:
+    """Whether *task* takes sessions; `MCPTask` is told by its options, since it stands above this module."""
+    return hasattr(task, "mcp_servers")
+
+
+#: When it was asked last, and what was said.
+_known: tuple[float, frozenset[str]] = (-math.inf, frozenset())
+
+
+def _announced(app: Any) -> frozenset[str]:
+    """Return the names of the MCP tasks that other workers have, so far as a store knows them."""
+    global _known  # noqa: PLW0603 - one value for all threads, replaced as a whole
+    asked, names = _known
+    if time.monotonic() - asked > ANNOUNCED_SECONDS:
+        try:
+            store = get_store(app.conf)
+            names = frozenset() if store is None else store.announced()
+        except (ConfigurationError, StoreError) as exc:
+            logger.debug("%s", exc)
+        _known = (time.monotonic(), names)
+    return names
+
+
+@contextmanager
+def hold_given(task: Any, brought: Carried, task_id: str, *, in_group: bool) -> Iterator[Carried]:
+    """Count a task that is being published among the holders of the sessions that a user has given it.
+
+    The same handle may be on its way to other tasks. Where the message cannot be sent, nothing was counted.
+    """
+    conf, counted = task.app.conf, [replace(handle, shared=True) for handle in brought.given]
+    store = None if conf.task_always_eager else get_store(conf)
+    if not counted or store is None:
+        yield brought
+        return
+
+    def change(handle: SessionHandle, change: Change) -> None:
+        try:
+            if handle.session_id is not None:
+                store.change(handle, change)
+        except StoreError as exc:
+            _warn_of_store(str(exc))
+
+    joining = Change(
+        joining={task_id: task.name},
+        create=True,
+        # The other members of a group are published one by one, and this one may have ended before.
+        settling_seconds=GROUP_SECONDS if in_group else 0,
+    )
+    for handle in counted:
+        change(handle, replace(joining, keepalive_seconds=_keepalive_seconds(task, handle)))
+    try:
+        yield Carried(handles=[*brought.handles, *counted], holder=task_id, at=time.time())
+    except BaseException:
+        for handle in counted:
+            change(handle, Change(leaving=[task_id], when_empty=Leaving.DETACH))
+        raise
+
+
+def bind_errbacks(task: Any, request: Any) -> None:
+    """Bind the sessions of a task that has died into its errbacks, before Celery calls them."""
+    errbacks = canvas_of(task.app).errbacks_of(request)
+    if not errbacks:
+        return
+    held = {handle.key: handle for handle in brought_by(request).handles}
+    try:
+        store = get_store(task.app.conf)
+        if store is not None:
+            held |= {handle.key: handle for handle in store.held_by(request.id)}
+    except (ConfigurationError, StoreError) as exc:
+        logger.debug("%s", exc)
+    for handle in held.values():
+        bind(handle, errbacks)
+
+
+def never_runs(task: Any, request: Any, *, are_errbacks_called: bool = True) -> None:
+    """Have a task, and what would have followed it, hold no sessions. For a worker's main process: no MCP I/O."""
+    canvas = canvas_of(task.app)
+    hopeless = canvas.hopeless_after(request)
+    lost = {holder for _, holders in carried(hopeless.tasks) for holder in holders}
+    own = canvas.errbacks_of(request) if are_errbacks_called else []
+    errbacks = carried([*own, *hopeless.errbacks])
+    try:
+        store = get_store(task.app.conf)
+        if store is not None:
+            for handle, holders in errbacks:
+                store.change(handle, Change(joining=holders))
+            store.abandon([request.id, *lost])
+    except (ConfigurationError, StoreError) as exc:
+        logger.debug("%s", exc)
+        _warn_of_store(str(exc))
+
+
+def never_published(task: Any, holder: str, options: Mapping[str, Any]) -> None:
+    """Have a task whose message was refused, and the bodies of the chords that wait for it, hold no sessions."""
+    waiting = canvas_of(task.app).hopeless_after(Context(chord=options.get("chord"), chain=options.get("chain")))
+    _abandon(task, [holder, *(never for _, holders in carried(waiting.tasks) for never in holders)])
+
+
+def _abandon(task: Any, holders: Sequence[str]) -> None:
+    try:
+        store = get_store(task.app.conf)
+        if store is not None:
+            store.abandon(holders)
+    except (ConfigurationError, StoreError) as exc:
+        logger.debug("%s", exc)
+        _warn_of_store(str(exc))
+
+
+class Execution:
+    """Belongs to `request`, so to one thread; the methods of a `Ledger` are called from others, while that one waits.
+
+    Args:
+        task: The MCP task that names the servers.
+        request: What is executed; of a mapped task, Celery's own task that maps.
+        brought: What came with the message.
+        canvas: Finds what follows.
+    """
+
+    def __init__(self, task: Any, request: Any, brought: Carried, canvas: Canvas) -> None:
+        self._task = task
+        self._request = request
+        self._canvas = canvas
+        self._holder = brought.holder or request.id or uuid()
+        self._bound_at = brought.at
+        self._started = time.time()
+        shared = _shared_by_eager.get() if request.is_eager or request.called_directly else None
+        #: What eager tasks share, or None where each has its own session.
+        self._eager = shared.sessions if shared is not None and shared.app is task.app else None
+        #: By server: what came with the message. Sessions of servers that this task does not use are passed on.
+        self._given = {server: handle for server, (_, handle) in (self._eager or {}).items()}
+        self._given |= {handle.server: handle for handle in brought.all}
+        self._sessions: dict[str, MCPSession] = {}
+        #: By key: the sessions that have this execution among their holders, as far as it knows.
+        self._held = {handle.key: handle for handle in brought.handles}
+        self._brought = {handle.key for handle in brought.all}
+        self._given_by_user = {handle.key: handle for handle in brought.given}
+        self._tentative = brought.handles if brought.tentative else ()
+        #: By key: the sessions that go on elsewhere while this execution holds them, with the names of the tasks there.
+        self._shared: dict[str, list[str]] = {}
+        #: Its sessions were given to what takes its place: another attempt, a replacement, errbacks.
+        self.is_handed_on = False
+        #: The task has succeeded, and its sessions were bound into what follows it, or ended.
+        self.is_settled = False
+
+    # -- In the task function
+
+    def begin(self) -> None:
+        """Have sessions that were given from outside, and that nobody has counted, held by this execution."""
+        for handle in self._given_by_user.values():
+            self._hold(handle)
+        for handle in self._tentative:
+            self._hold_if_alive(handle)
+        if self._request.is_eager and _shared_by_eager.get() is None:
+            _tell_of_eager()
+
+    def first_session(self) -> MCPSession:
+        """Return the session of the task's first server.
+
+        Raises:
+            ConfigurationError: The task names none, or it is not configured.
+        """
+        names = self._task.server_names()
+        if not names:
+            raise ConfigurationError(f"Task {self._task.name} names no MCP server: set mcp_server")
+        return self.session(names[0])
+
+    def session(self, server: str) -> MCPSession:
+        """Return the session of one of the task's servers.
+
+        Raises:
+            ConfigurationError: The task does not name it, or it is not configured.
+        """
+        names = self._task.server_names()
+        if server not in names:
+            known = ", ".join(map(server_name, names)) or "none"
+            raise ConfigurationError(f"Task {self._task.name} does not name this MCP server (it names {known})")
+        settings = server_settings(self._conf, server)
+        if settings.name not in self._sessions:
+            handle = self._given.get(settings.name)
+            lost_at = None if handle is None else self._lost_at(handle, settings.keepalive_seconds)
+            self._sessions[settings.name] = new_session(settings, handle, self.session, ledger=self, lost_at=lost_at)
+        return self._sessions[settings.name]
+
+    def given_handle(self) -> SessionHandle | None:
+        """Return what a function with a parameter `mcp_session` gets: the handle for its server, if one came."""
+        return next(filter(None, (self._given.get(server_name(name)) for name in self._task.server_names())), None)
+
+    def handles(self) -> list[SessionHandle]:
+        """Return the handles of all sessions that this execution holds now."""
+        used = {server: session.handle for server, session in self._sessions.items()}
+        held = [handle for handle in {**self._given, **used}.values() if handle is not None]
+        return [replace(handle, shared=True) if handle.key in self._shared else handle for handle in held]
+
+    def carried(self) -> Carried:
+        """Return what another attempt of this execution gets."""
+        return Carried(handles=self.handles(), holder=self._holder, at=time.time())
+
+    # -- Told by the sessions
+
+    def opened(self, handle: SessionHandle) -> None:
+        """Record a session before its first call."""
+        self._hold(handle)
+
+    def closed(self, handle: SessionHandle) -> None:
+        """Forget a session that has ended at its server."""
+        self._forget(handle)
+        end = {**self._event("closed"), "why": "done"}
+        self._ask_store(lambda store: store.ended(handle.key, end))
+
+    def detached(self, handle: SessionHandle) -> None:
+        """Leave a session to whoever has its handle now."""
+        if self._forget(handle):
+            change = Change(leaving=[self._holder], when_empty=Leaving.DETACH, events=[self._event("detached")])
+            self._change(handle, change)
+
+    # -- What becomes of the sessions
+
+    def succeed(self) -> None:
+        """Pass each session on to what comes next, or end it where nothing does."""
+        if not self.is_handed_on:
+            ahead = self._canvas.ahead_of(self._request)
+            # What comes next may turn out not to be publishable, and then this task has failed.
+            ahead.errbacks += self._canvas.errbacks_of(self._request)
+            self._settle(ahead, "done")
+            self.is_settled = True
+
+    def bind_replacement(self, signature: Signature) -> None:
+        """Pass each session on to what replaces this task, or end it where nothing there takes one."""
+        self._settle(self._canvas.within(signature), "replaced")
+        self.is_handed_on = True
+
+    def branch(self, signature: Signature) -> None:
+        """Pass each session on to *signature*, and keep it as well."""
+        for handle in self.handles():
+            self._share(handle, self._canvas.within(signature))
+
+    def bind_ahead(self) -> None:
+        """Pass each session that was opened here on to what comes next, and keep it as well."""
+        ahead = self._canvas.ahead_of(self._request)
+        for handle in self.handles():
+            if handle.key not in self._brought and handle.key not in self._shared:
+                self._share(handle, ahead)
+
+    def retry(self) -> None:
+        """The next attempt continues the sessions; this one may go on, where Celery does not raise `Retry`."""
+        if self.is_handed_on:
+            return
+        self.is_handed_on = True
+        for handle in self.handles():
+            self._held.pop(handle.key, None)
+            step = self._step(handle, "retried")
+            # The next attempt may have ended by now, and the session with it: nothing begins anew here.
+            self._change(handle, replace(step, leaving=(), create=False))
+
+    def ignore(self) -> None:
+        """`Ignore` was raised: by `replace`, or to end the workflow here."""
+        if not self.is_handed_on:
+            self._end("ignored")
+
+    def reject(self, *, requeue: bool) -> None:
+        """The message goes back to the queue with what it brought, or it is dead. What was opened here ends."""
+        if not requeue:
+            self._end("rejected")
+            return
+        for key in self._brought:
+            self._held.pop(key, None)
+        for handle in self.handles():
+            if handle.key not in self._brought:
+                self._pass_on(handle, self._step(handle, "rejected"))
+        self._let_go_of_lost("rejected")
+
+    def fail(self, exc: BaseException) -> None:
+        """Pass all sessions on to the errbacks, or end them where there are none."""
+        errbacks = self._canvas.errbacks_of(self._request)
+        if not isinstance(exc, Exception) and errbacks and self._store() is not None:
+            # The process is being ended. Whether errbacks run, the worker's main process decides, and says so.
+            self._held.clear()
+        else:
+            self._end("failed", errbacks)
+        self.is_handed_on = True
+
+    def leave(self, outcome: str) -> None:
+        """End what a task held that passes nothing on: what comes next has been bound before."""
+        if self.is_handed_on:
+            return
+        if outcome == "done":
+            self._settle(Ahead(), outcome)
+        else:
+            self._end(outcome)
+
+    def release(self) -> None:
+        """Let go of this process's end of each session."""
+        for server, session in self._sessions.items():
+            if session.is_lost and self._eager is not None:
+                self._eager.pop(server, None)
+            session.release()
+        for handle in list(self._held.values()):
+            # Neither passed on nor ended: closed by the task in vain, or left behind for another one.
+            self._leave_to_reaper(handle)
+
+    def end_carried(
+        self, handle: SessionHandle, never: Iterable[str], errbacks: Mapping[str, str], *, for_good: bool = False
+    ) -> None:
+        """End a session that was bound to the tasks *never*, which will not run, and to *errbacks*, which do."""
+        self._pass_on(handle, Change(leaving=list(never), joining=errbacks, for_good=for_good))
+
+    # -- Within
+
+    def _settle(self, ahead: Ahead, outcome: str) -> None:
+        for handle in self.handles():
+            bound = self._bind(handle, ahead.tasks, ahead.errbacks)
+            self._pass_on(handle, self._step(handle, outcome, joining=bound))
+        self._let_go_of_lost(outcome)
+
+    def _end(self, outcome: str, errbacks: Sequence[Signature] = ()) -> None:
+        """The sessions go on to errbacks only, and to those of the body of a chord that will never run."""
+        hopeless = self._canvas.hopeless_after(self._request)
+        # Celery does not hear of a task that is ignored: its chord never ends, and calls no errbacks, whoever fails.
+        is_silent = outcome == "ignored"
+        given_up = carried([*hopeless.tasks, *(hopeless.errbacks if is_silent else ())])
+        never = {handle.key: holders for handle, holders in given_up}
+        takes_over = {handle.key: holders for handle, holders in carried(() if is_silent else hopeless.errbacks)}
+        own = set(self._held) | {handle.key for handle in self.handles()}
+        for handle in self.handles():
+            joining = {**self._bind(handle, errbacks), **takes_over.get(handle.key, {})}
+            step = self._step(handle, outcome, never.get(handle.key, ()), joining)
+            self._pass_on(handle, replace(step, for_good=is_silent))
+        self._let_go_of_lost(outcome, never)
+        for handle, holders in given_up:
+            if handle.key not in own:  # detached here, or passed by: this task has another one of that server
+                self.end_carried(handle, holders, takes_over.get(handle.key, {}), for_good=is_silent)
+
+    @staticmethod
+    def _bind(handle: SessionHandle, tasks: Sequence[Signature], errbacks: Sequence[Signature] = ()) -> dict[str, str]:
+        """Bind into *tasks*, and return those bound; into *errbacks* as well, of which only failures make holders."""
+        bound = bind(handle, tasks)
+        if len(bound) > 1 and not handle.shared:
+            handle = replace(handle, shared=True)
+            bind(handle, tasks)
+        if bound:
+            bind(handle, errbacks, tentative=True)
+        return bound
+
+    def _pass_on(self, handle: SessionHandle, change: Change) -> None:
+        """Give way to other holders; end the session where there are none."""
+        if handle.session_id is None:
+            return
+        self._held.pop(handle.key, None)
+        if self._eager is not None and handle.key not in self._given_by_user:
+            if not change.joining:
+                self._eager[handle.server] = (self._task, handle)
+            return
+        standing = self._change(handle, change)
+        # Where it never was a holder itself, somebody else may have ended what the store does not know any more.
+        is_alone = _is_uncounted(standing) and not handle.shared and not change.joining
+        if standing is Standing.LAST or (is_alone and (standing is None or self._holder in change.leaving)):
+            self._close(handle)
+        elif handle.shared or len(change.joining) > 1:
+            self._warn_if_uncounted(handle, standing)
+
+    def _share(self, handle: SessionHandle, ahead: Ahead) -> None:
+        shared = replace(handle, shared=True)
+        if handle.session_id is not None and (bound := self._bind(shared, ahead.tasks, ahead.errbacks)):
+            self._shared.setdefault(handle.key, []).extend(bound.values())
+            change = Change(joining=bound, keepalive_seconds=self._keepalive(handle))
+            self._warn_if_uncounted(handle, self._change(handle, change))
+
+    def _warn_if_uncounted(self, handle: SessionHandle, standing: Standing | None) -> None:
+        # Where the store has not answered, that has been said.
+        if standing is Standing.UNCOUNTED or (standing is None and self._store() is None):
+            _warn_of_uncounted(handle.server)
+
+    def _hold(self, handle: SessionHandle) -> None:
+        self._held[handle.key] = handle
+        event = self._event("opened")
+        is_opened_here = handle.key not in self._brought
+        change = Change(
+            joining={self._holder: self._task.name},
+            create=not handle.shared,
+            events=[event] if is_opened_here else [],
+            opened_by={name: event[name] for name in ("task", "id", "worker")} if is_opened_here else None,
+            keepalive_seconds=self._keepalive(handle),
+        )
+        self._change(handle, change)
+
+    def _hold_if_alive(self, handle: SessionHandle) -> None:
+        """Join the holders of a session; where it has ended meanwhile, this execution has none of that server."""
+        joining = Change(joining={self._holder: self._task.name}, keepalive_seconds=self._keepalive(handle))
+        if self._change(handle, joining) in {Standing.ENDED, Standing.UNCOUNTED}:
+            self._change(handle, Change(leaving=[self._holder]))
+            self._given.pop(handle.server, None)
+            self._held.pop(handle.key, None)
+            self._brought.discard(handle.key)
+
+    def _forget(self, handle: SessionHandle) -> bool:
+        """Return whether this execution has held the session."""
+        if self._eager is not None:
+            self._eager.pop(handle.server, None)
+        return self._held.pop(handle.key, None) is not None
+
+    def _let_go_of_lost(self, outcome: str, never: Mapping[str, Iterable[str]] = MappingProxyType({})) -> None:
+        lost = {server for server, session in self._sessions.items() if session.is_lost}
+        for handle in [held for held in self._held.values() if held.server in lost]:
+            self._held.pop(handle.key)
+            step = self._step(handle, outcome, never.get(handle.key, ()), when_empty=Leaving.LOST)
+            self._change(handle, step)
+
+    def _leave_to_reaper(self, handle: SessionHandle) -> None:
+        self._held.pop(handle.key, None)
+        self._change(handle, Change(leaving=[self._holder], when_empty=Leaving.ABANDON))
+
+    def _close(self, handle: SessionHandle) -> None:
+        try:
+            session = self._sessions.get(handle.server)
+            if session is None or session.handle is None or session.handle.key != handle.key:
+                settings = _settings_of(self._task, handle)
+                session = self._sessions[handle.server] = new_session(settings, handle, ledger=self)
+            session.close()
+        except (MCPCeleryError, SoftTimeLimitExceeded) as exc:
+            # The soft time limit too: the task is done, and its outcome is not changed by this.
+            logger.warning("A session is left to the reaper, or to the idle timeout of its server: %s", exc)
+
+    # -- The store
+
+    @property
+    def _conf(self) -> Conf:
+        conf: Conf = self._task.app.conf
+        return conf
+
+    def _store(self) -> Store | None:
+        try:
+            return get_store(self._conf)
+        except ConfigurationError as exc:  # said before, by `MCPTask`
+            logger.debug("%s", exc)
+            return None
+
+    def _ask_store(self, question: Callable[[Store], Any]) -> Any:
+        """Return the answer; None without a store, or where it does not answer."""
+        store = self._store()
+        if store is None:
+            return None
+        try:
+            return question(store)
+        except StoreError as exc:
+            logger.debug("%s", exc)
+            _warn_of_store(str(exc))
+            return None
+
+    def _change(self, handle: SessionHandle, change: Change) -> Standing | None:
+        standing: Standing | None = None
+        change = replace(change, for_good=change.for_good or bool(self._tentative))
+        if handle.session_id is not None and self._eager is None:
+            standing = self._ask_store(lambda store: store.change(handle, change))
+        return standing
+
+    def _lost_at(self, handle: SessionHandle, keepalive_seconds: float) -> float | None:
+        """Return when a ping has found the session lost. Asked only where one can have been sent meanwhile."""
+        if not keepalive_seconds or time.time() - self._bound_at < keepalive_seconds:
+            return None
+        lost_at: float | None = self._ask_store(lambda store: store.lost_at(handle.key))
+        return lost_at
+
+    def _keepalive(self, handle: SessionHandle) -> float:
+        return _keepalive_seconds(self._task, handle)
+
+    # -- The history
+
+    def _event(self, what: str) -> dict[str, Any]:
+        worker = self._request.hostname
+        return {"what": what, "at": time.time(), "task": self._task.name, "id": self._holder, "worker": worker}
+
+    def _step(
+        self,
+        handle: SessionHandle,
+        outcome: str,
+        never: Iterable[str] = (),
+        joining: Mapping[str, str] = MappingProxyType({}),
+        *,
+        when_empty: Leaving = Leaving.CLOSE,
+    ) -> Change:
+        """This execution and those that will *never* run leave, others join; and the history says what was done."""
+        session = self._sessions.get(handle.server)
+        step = {
+            **self._event("step"),
+            "at": self._started,
+            "until": time.time(),
+            "outcome": outcome,
+            "to": [*self._shared.get(handle.key, ()), *joining.values()],
+            "calls": [call._asdict() for call in session.calls] if session is not None else [],
+        }
+        return Change(
+            leaving=[self._holder, *never],
+            joining=joining,
+            when_empty=when_empty,
+            create=not handle.shared,
+            events=[step],
+            keepalive_seconds=self._keepalive(handle),
+        )
+
+
+def _settings_of(task: Any, handle: SessionHandle) -> ServerSettings:
+    """Return the settings of the server of *handle*, as *task* writes it: a URL may have credentials there."""
+    names = task.server_names() if is_mcp_task(task) else ()
+    written = next((name for name in names if server_name(name) == handle.server), handle.server)
+    return server_settings(task.app.conf, written)
+
+
+def _keepalive_seconds(task: Any, handle: SessionHandle) -> float:
+    try:
+        return _settings_of(task, handle).keepalive_seconds
+    except ConfigurationError:  # of a server that another worker knows
+        return 0.0
+
+
+def _is_uncounted(standing: Standing | None) -> bool:
+    """Whether the store cannot say who holds a session. Then one that is not shared is its holder's alone."""
+    return standing in {None, Standing.UNCOUNTED}
+
+
+@contextmanager
+def shared_by_eager(app: Any) -> Iterator[None]:
+    """Have eager tasks, and tasks called as functions, share one session a server; end them at the end."""
+    shared = _Shared(app, {})
+    token = _shared_by_eager.set(shared)
+    try:
+        yield
+    finally:
+        _shared_by_eager.reset(token)
+        for task, handle in shared.sessions.values():
+            session = new_session(_settings_of(task, handle), handle)
+            try:
+                session.close()
+            except MCPCeleryError as exc:
+                logger.warning("A session is left to the idle timeout of its server: %s", exc)
+            finally:
+                session.release()
+
+
+@cache
+def _warn_of_uncounted(server: str) -> None:
+    """Once a process and server."""
+    logger.warning(
+        "A session of server %r goes on in several branches of a workflow, and no store counts who still holds it: "
+        "it is left to the idle timeout of the server",
+        server,
+    )
+
+
+@cache
+def _tell_of_eager() -> None:
+    """Once a process."""
+    logger.info("Eager tasks open and close sessions of their own; within mcp_celery.testing.eager_sessions they share")
+
+
+@cache
+def _warn_of_store(problem: str) -> None:
+    """Once a process and problem."""
+    logger.warning(
+        "%s: tasks go on; sessions that cannot be counted are left to the reaper or to their servers", problem
+    )

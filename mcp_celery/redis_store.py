@@ -1,0 +1,531 @@
+"""The store on Redis 6.2+ or Valkey.
+
+Every change is one script, so one atomic step and one round trip. All keys have the same hash tag, so a cluster keeps
+them in one slot; all have a time to live. Times are the server's own, so the clocks of workers do not matter.
+
+    {prefix}:session:<key>   hash    v, state, server, handle (JSON, as it travels in messages), times, opened_by
+    {prefix}:holders:<key>   hash    task ID to task name
+    {prefix}:left:<key>      set     task IDs that had ended before they were to join
+    {prefix}:events:<key>    list    JSON, the history
+    {prefix}:task:<task ID>  set     keys of the sessions that a task holds
+    {prefix}:deadlines       zset    key by the time when the reaper ends the session
+    {prefix}:pings           zset    key by the time when the reaper pings the session
+    {prefix}:ended           zset    key by the time of its end, while its history is kept
+    {prefix}:tasks           zset    names of MCP tasks by the time when a worker was last seen to have them
+    {prefix}:leader          string  the worker that leads
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from .exceptions import SessionHandleError, StoreError
+from .handle import SessionHandle
+from .settings import Conf, StoreSettings, store_settings
+from .store import Change, Parked, SessionRecord, Standing, Store
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+#: How long the store may take, for a connection and for an answer. A task waits for it.
+TIMEOUT_SECONDS = 2.0
+#: For how long nothing is asked of a store that did not answer, so that not every task waits for it.
+PAUSE_SECONDS = 5.0
+#: Whoever ends a session has so long, before the reaper tries it (again).
+ENDING_SECONDS = 60.0
+#: How long a process that may itself end a session has for it, where somebody else has given it up.
+ABANDONED_SECONDS = 10.0
+#: How long a session that nobody could end is remembered after its deadline.
+KEPT_SECONDS = 24 * 3600.0
+#: For how long it is known which tasks a worker has, once it is gone.
+ANNOUNCED_SECONDS = 3600.0
+#: Entries of a history, of which the last are kept.
+HISTORY_LENGTH = 500
+#: Sessions that a command reads at once.
+PAGE = 200
+
+VERSION = 1
+
+#: KEYS[1]: what all keys begin with, with the hash tag. ARGV[1]: arguments, as JSON.
+_PRELUDE = """
+local base, a = KEYS[1], cjson.decode(ARGV[1])
+local clock = redis.call('TIME')
+local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
+local function key(kind, name) return base .. ':' .. kind .. (name and ':' .. name or '') end
+local function keep(name, seconds) redis.call('EXPIRE', name, math.ceil(seconds)) end
+local deadlines, pings, ended = key('deadlines'), key('pings'), key('ended')
+
+local function schedule(zset, s, at)
+  redis.call('ZADD', zset, at, s)
+  if redis.call('TTL', zset) < a.kept then keep(zset, a.kept) end
+end
+
+local function unschedule(s)
+  redis.call('ZREM', deadlines, s)
+  redis.call('ZREM', pings, s)
+end
+
+local function note(s, events)
+  for _, event in ipairs(events) do redis.call('RPUSH', key('events', s), event) end
+  redis.call('LTRIM', key('events', s), -a.length, -1)
+end
+
+local function renew(s)
+  for _, kind in ipairs({'session', 'holders', 'left', 'events'}) do keep(key(kind, s), a.kept) end
+end
+
+local function forget(s, how)
+  local record, holders = key('session', s), key('holders', s)
+  unschedule(s)
+  for _, id in ipairs(redis.call('HKEYS', holders)) do redis.call('SREM', key('task', id), s) end
+  redis.call('DEL', holders, key('left', s))
+  if a.history <= 0 then return redis.call('DEL', record, key('events', s)) end
+  redis.call('HDEL', record, 'handle')
+  redis.call('HSET', record, 'state', how, 'ended_at', now)
+  keep(record, a.history)
+  keep(key('events', s), a.history)
+  redis.call('ZADD', ended, now, s)
+  redis.call('ZREMRANGEBYSCORE', ended, '-inf', now - a.history)
+  keep(ended, a.history)
+end
+"""
+
+_CHANGE = """
+local s = a.session
+local record, holders, left = key('session', s), key('holders', s), key('left', s)
+local state = redis.call('HGET', record, 'state')
+if (not state or state == 'detached') and a.create then
+  state = 'open'
+  redis.call('HSET', record, 'v', a.v, 'server', a.server)
+  redis.call('HSETNX', record, 'opened_at', now)
+  redis.call('HSETNX', record, 'opened_by', a.opened_by)
+  redis.call('HDEL', record, 'ended_at')
+  redis.call('ZREM', ended, s)
+elseif not state then
+  return 'uncounted'
+elseif state ~= 'open' and state ~= 'closing' and state ~= 'lost' then
+  return 'ended'
+end
+local joins = {}
+for _, pair in ipairs(a.joining) do joins[pair[1]] = true end
+for _, id in ipairs(a.leaving) do
+  -- An errback may have ended before it was counted. A replacement has the ID of the task that it replaces.
+  local unknown = redis.call('HDEL', holders, id) == 0
+  if (unknown or a.for_good) and not joins[id] then redis.call('SADD', left, id) end
+  if not joins[id] then redis.call('SREM', key('task', id), s) end
+end
+for _, pair in ipairs(a.joining) do
+  local id = pair[1]
+  if redis.call('SISMEMBER', left, id) == 0 then
+    redis.call('HSET', holders, id, pair[2])
+    redis.call('SADD', key('task', id), s)
+    keep(key('task', id), a.kept)
+  end
+end
+note(s, a.events)
+if a.settling > 0 then redis.call('HSET', record, 'settling_until', now + a.settling) end
+if a.when_empty == 'lost' then state = 'lost' end
+redis.call('HSET', record, 'handle', a.handle, 'state', state, 'used_at', now, 'keepalive', a.keepalive)
+renew(s)
+if redis.call('HLEN', holders) > 0 then
+  if state == 'closing' then return 'ended' end
+  schedule(deadlines, s, now + a.ttl)
+  if state == 'open' and a.keepalive > 0 then schedule(pings, s, now + a.keepalive)
+  else redis.call('ZREM', pings, s) end
+  return state == 'lost' and 'ended' or 'held'
+end
+if #a.leaving == 0 and #a.joining == 0 then return state == 'open' and 'held' or 'ended' end
+if state == 'lost' or a.when_empty == 'detach' then
+  forget(s, state == 'lost' and 'lost' or 'detached')
+  return 'ended'
+end
+if state == 'closing' then return 'ended' end
+redis.call('ZREM', pings, s)
+local settling_until = tonumber(redis.call('HGET', record, 'settling_until') or 0)
+if a.when_empty == 'abandon' or settling_until > now then
+  -- Left open: more holders may come, and a process that still holds it may end it.
+  schedule(deadlines, s, math.max(settling_until, now + (a.when_empty == 'abandon' and a.abandoned or 0)))
+  return 'held'
+end
+redis.call('HSET', record, 'state', 'closing')
+schedule(deadlines, s, now + a.ending)
+return 'last'
+"""
+
+_ENDED = """
+local state = redis.call('HGET', key('session', a.session), 'state')
+if state and state ~= 'closed' then
+  unschedule(a.session)  -- first: a server that is out of memory refuses scripts which begin with a larger write
+  note(a.session, a.events)
+  forget(a.session, 'closed')
+end
+"""
+
+_NOTE_LOST = """
+local record = key('session', a.session)
+if redis.call('HGET', record, 'state') == 'open' then
+  redis.call('HSET', record, 'state', 'lost', 'lost_at', now)
+  redis.call('ZREM', pings, a.session)
+  note(a.session, a.events)
+end
+"""
+
+_ABANDON = """
+for _, id in ipairs(a.tasks) do
+  for _, s in ipairs(redis.call('SMEMBERS', key('task', id))) do
+    redis.call('HDEL', key('holders', s), id)
+    renew(s)
+    if redis.call('HLEN', key('holders', s)) == 0 then
+      local state = redis.call('HGET', key('session', s), 'state')
+      redis.call('ZREM', pings, s)
+      if state == 'open' then schedule(deadlines, s, now + a.abandoned)
+      elseif state == 'lost' then forget(s, 'lost') end
+    end
+  end
+  redis.call('DEL', key('task', id))
+end
+"""
+
+#: Returns, for each task, the keys of its sessions.
+_RENEW = """
+local tasks = {}
+for i, id in ipairs(a.tasks) do
+  local sessions = redis.call('SMEMBERS', key('task', id))
+  tasks[i] = {}
+  for _, s in ipairs(sessions) do
+    if redis.call('HGET', key('session', s), 'state') == 'open' then
+      redis.call('HSET', key('session', s), 'used_at', now)
+      schedule(deadlines, s, now + a.ttl)
+      renew(s)
+    end
+    table.insert(tasks[i], s)
+  end
+  if #sessions > 0 then keep(key('task', id), a.kept) end
+end
+return tasks
+"""
+
+_LEAD = """
+local leader = redis.call('GET', key('leader'))
+if leader and leader ~= a.worker then return 0 end
+redis.call('SET', key('leader'), a.worker, 'PX', math.ceil(a.seconds * 1000))
+return 1
+"""
+
+_ANNOUNCE = """
+for _, name in ipairs(a.names) do redis.call('ZADD', key('tasks'), now, name) end
+redis.call('ZREMRANGEBYSCORE', key('tasks'), '-inf', now - a.announced)
+keep(key('tasks'), a.announced)
+"""
+
+_RESIGN = "if redis.call('GET', key('leader')) == a.worker then redis.call('DEL', key('leader')) end"
+
+_HAS_DUE = """
+local function due(zset) return #redis.call('ZRANGEBYSCORE', zset, '-inf', now, 'LIMIT', 0, 1) end
+return due(deadlines) + due(pings)
+"""
+
+_TAKE_EXPIRED = """
+local taken = {}
+for _, s in ipairs(redis.call('ZRANGEBYSCORE', deadlines, '-inf', now, 'LIMIT', 0, a.limit)) do
+  local record = key('session', s)
+  local state = redis.call('HGET', record, 'state')
+  if state == 'open' or state == 'closing' then
+    redis.call('ZREM', pings, s)  -- first, as above
+    redis.call('HSET', record, 'state', 'closing')
+    schedule(deadlines, s, now + a.ending)
+    table.insert(taken, {s, redis.call('HGET', record, 'handle')})
+  elseif state == 'lost' then forget(s, 'lost')
+  else unschedule(s) end
+end
+return taken
+"""
+
+_TAKE_IDLE = """
+local taken = {}
+for _, s in ipairs(redis.call('ZRANGEBYSCORE', pings, '-inf', now, 'LIMIT', 0, a.limit)) do
+  local record = key('session', s)
+  local deadline = tonumber(redis.call('ZSCORE', deadlines, s) or 0)
+  if redis.call('HGET', record, 'state') == 'open' and deadline > now then
+    schedule(pings, s, now + tonumber(redis.call('HGET', record, 'keepalive')))
+    table.insert(taken, {s, redis.call('HGET', record, 'handle')})
+  else redis.call('ZREM', pings, s) end
+end
+return taken
+"""
+
+_TAKE = """
+local record = key('session', a.session)
+local state = redis.call('HGET', record, 'state')
+if state == 'lost' then forget(a.session, 'lost') end
+if state ~= 'open' and state ~= 'closing' then return {} end
+redis.call('ZREM', pings, a.session)  -- first, as above
+redis.call('HSET', record, 'state', 'closing')
+schedule(deadlines, a.session, now + a.ending)
+return {a.session, redis.call('HGET', record, 'handle')}
+"""
+
+_stores: dict[object, "RedisStore"] = {}
+
+
+def get_store(conf: Conf) -> Store | None:
+    """Return the store that *conf* names, the same one in all of a process; None where there is none.
+
+    Raises:
+        ConfigurationError: A setting is wrong.
+    """
+    settings = store_settings(conf)
+    if settings is None:
+        return None
+    named = (settings, repr(settings.options))
+    return _stores.setdefault(named, RedisStore(settings))
+
+
+class RedisStore:
+    """See `Store`. Connects at the first use, in each process anew."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        self._settings = settings
+        self._base = f"{{{settings.prefix}}}"
+        self._clients: dict[int, Redis] = {}
+        self._paused_until = 0.0
+        #: Why it is paused. The same text until then, so that one outage is one warning.
+        self._failure = ""
+
+    def __repr__(self) -> str:
+        return f"<RedisStore {self._settings.prefix}>"
+
+    # -- For tasks
+
+    def change(self, handle: SessionHandle, change: Change) -> Standing:
+        """See `Store.change`."""
+        answer = self._run(
+            _CHANGE,
+            v=VERSION,
+            session=handle.key,
+            server=handle.server,
+            handle=handle.dumps(),
+            leaving=list(change.leaving),
+            joining=list(change.joining.items()),
+            create=change.create,
+            when_empty=change.when_empty.value,
+            events=[json.dumps(event) for event in change.events],
+            opened_by=json.dumps(change.opened_by or {}),
+            keepalive=change.keepalive_seconds,
+            settling=change.settling_seconds,
+            for_good=change.for_good,
+        )
+        return Standing(answer)
+
+    def ended(self, key: str, event: Mapping[str, Any]) -> None:
+        """See `Store.ended`."""
+        self._run(_ENDED, session=key, events=[json.dumps(event)])
+
+    def lost_at(self, key: str) -> float | None:
+        """See `Store.lost_at`."""
+        at = self._ask(lambda client: client.hget(self._key("session", key), "lost_at"))
+        return None if at is None else float(at)
+
+    # -- For workers
+
+    def held_by(self, task_id: str) -> list[SessionHandle]:
+        """See `Store.held_by`."""
+        keys = self._ask(lambda client: client.smembers(self._key("task", task_id)))
+        handles = [self._ask(lambda client: client.hget(self._key("session", key), "handle")) for key in keys]  # noqa: B023
+        return [parked.handle for parked in self._parked(list(zip(keys, handles, strict=True)))]
+
+    def abandon(self, task_ids: Sequence[str]) -> None:
+        """See `Store.abandon`."""
+        self._run(_ABANDON, tasks=list(task_ids))
+
+    def renew(self, task_ids: Sequence[str]) -> dict[str, list[SessionRecord]]:
+        """See `Store.renew`."""
+        if not task_ids:
+            return {}
+        keys = dict(zip(task_ids, self._run(_RENEW, tasks=list(task_ids)), strict=True))
+        records = {record.key: record for record in self._read({key for held in keys.values() for key in held})}
+        return {task: [records[key] for key in held if key in records] for task, held in keys.items() if held}
+
+    def announce(self, names: Sequence[str]) -> None:
+        """See `Store.announce`."""
+        self._run(_ANNOUNCE, names=list(names))
+
+    def announced(self) -> frozenset[str]:
+        """See `Store.announced`."""
+        return frozenset(self._ask(lambda client: client.zrange(self._key("tasks"), 0, -1)))
+
+    def lead(self, worker: str, seconds: float) -> bool:
+        """See `Store.lead`."""
+        return bool(self._run(_LEAD, worker=worker, seconds=seconds))
+
+    def resign(self, worker: str) -> None:
+        """See `Store.resign`."""
+        self._run(_RESIGN, worker=worker)
+
+    def has_due(self) -> bool:
+        """See `Store.has_due`."""
+        return bool(self._run(_HAS_DUE))
+
+    # -- For the reaper
+
+    def take_expired(self, limit: int) -> list[Parked]:
+        """See `Store.take_expired`."""
+        return self._parked(self._run(_TAKE_EXPIRED, limit=limit))
+
+    def take_idle(self, limit: int) -> list[Parked]:
+        """See `Store.take_idle`."""
+        return self._parked(self._run(_TAKE_IDLE, limit=limit))
+
+    def note_lost(self, key: str) -> None:
+        """See `Store.note_lost`."""
+        self._run(_NOTE_LOST, session=key, events=[json.dumps({"what": "lost", "at": time.time()})])
+
+    # -- For commands
+
+    def sessions(self, *, ended: bool = False) -> Iterator[SessionRecord]:
+        """See `Store.sessions`."""
+        index, start = self._key("ended" if ended else "deadlines"), 0
+        while page := self._ask(lambda client: client.zrange(index, start, start + PAGE - 1, desc=ended)):  # noqa: B023
+            yield from self._read(page)
+            start += PAGE
+
+    def find(self, digits: str) -> list[SessionRecord]:
+        """See `Store.find`."""
+        keys: list[str] = []
+        for index in ("deadlines", "ended"):
+            keys += self._ask(lambda client: client.zrange(self._key(index), 0, -1))  # noqa: B023
+        return self._read(dict.fromkeys(key for key in keys if key.startswith(digits)))
+
+    def history(self, key: str) -> list[dict[str, Any]]:
+        """See `Store.history`."""
+        return [json.loads(line) for line in self._ask(lambda client: client.lrange(self._key("events", key), 0, -1))]
+
+    def take(self, key: str) -> Parked | None:
+        """See `Store.take`."""
+        found = self._run(_TAKE, session=key)
+        return next(iter(self._parked([found] if found else [])), None)
+
+    # -- Within
+
+    def _key(self, kind: str, name: str | None = None) -> str:
+        return f"{self._base}:{kind}" if name is None else f"{self._base}:{kind}:{name}"
+
+    def _read(self, keys: Iterable[str]) -> list[SessionRecord]:
+        """Return what is known of the sessions with these keys, without those that are gone meanwhile."""
+        keys = list(keys)
+
+        def ask(client: "Redis") -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.hmget(self._key("session", key), _FIELDS)
+                pipeline.hgetall(self._key("holders", key))
+                pipeline.zscore(self._key("deadlines"), key)
+            return pipeline.execute()
+
+        answers = iter(self._ask(ask) if keys else ())
+        found = [_record(key, *answer) for key, *answer in zip(keys, answers, answers, answers, strict=True)]
+        return [record for record in found if record is not None]
+
+    @staticmethod
+    def _parked(found: Sequence[Sequence[str]]) -> list[Parked]:
+        parked = []
+        for key, handle in filter(all, found):
+            with suppress(SessionHandleError):  # of another version of this package, which will take it as well
+                parked.append(Parked(key, SessionHandle.load(handle)))
+        return parked
+
+    def _run(self, script: str, **arguments: Any) -> Any:
+        lives = self._settings
+        arguments |= {
+            "ttl": lives.session_ttl_seconds,
+            "kept": lives.session_ttl_seconds + KEPT_SECONDS,
+            "history": lives.history_seconds,
+            "length": HISTORY_LENGTH,
+            "ending": ENDING_SECONDS,
+            "abandoned": ABANDONED_SECONDS,
+            "announced": ANNOUNCED_SECONDS,
+        }
+        # redis-py's scripts go by their hash, and are loaded where the server does not have them.
+        body = json.dumps(arguments)
+        return self._ask(lambda client: client.register_script(_PRELUDE + script)([self._base], [body]))
+
+    def _ask(self, question: "Callable[[Redis], Any]") -> Any:
+        from redis import RedisError  # noqa: PLC0415 - a process that only publishes needs no store
+
+        if time.monotonic() < self._paused_until:
+            raise StoreError(self._failure)
+        try:
+            return question(self._client())
+        except (RedisError, OSError, TypeError, ValueError) as exc:
+            # TypeError and ValueError: an option of the URL that redis-py does not know.
+            self._failure = f"The store did not answer ({type(exc).__name__})"
+            self._paused_until = time.monotonic() + PAUSE_SECONDS
+            # The text of a ValueError may quote a part of the URL.
+            raise StoreError(self._failure) from (None if isinstance(exc, ValueError) else exc)
+
+    def _client(self) -> "Redis":
+        """Return this process's client: connections may not be shared with a forked child."""
+        client = self._clients.get(os.getpid())
+        if client is None:
+            client = self._clients[os.getpid()] = connect(self._settings)
+        return client
+
+
+def connect(settings: StoreSettings) -> "Redis":
+    """Return a client that answers within `TIMEOUT_SECONDS` or fails. Connects at its first use."""
+    from redis import ConnectionError, Redis  # noqa: A004, PLC0415 - as above
+    from redis.backoff import NoBackoff  # noqa: PLC0415
+    from redis.connection import parse_url  # noqa: PLC0415
+    from redis.retry import Retry  # noqa: PLC0415
+    from redis.sentinel import Sentinel  # noqa: PLC0415
+
+    options = {
+        "socket_timeout": TIMEOUT_SECONDS,
+        "socket_connect_timeout": TIMEOUT_SECONDS,
+        # Once more, since an idle connection may have been closed by the other side; not after a timeout.
+        "retry": Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
+        "decode_responses": True,
+        **settings.options,
+    }
+    if not settings.url.startswith("sentinel:"):
+        # redis-py goes by the scheme alone.
+        is_tls = options.pop("ssl", False) and settings.url.startswith("redis:")
+        return Redis.from_url(f"rediss{settings.url.removeprefix('redis')}" if is_tls else settings.url, **options)
+
+    urls = ["redis" + url.removeprefix("sentinel") for url in settings.url.split(";")]
+    sentinels: list[dict[str, Any]] = [parse_url(url) for url in urls]  # type: ignore[no-untyped-call]
+    addresses = [(sentinel.get("host", "localhost"), sentinel.get("port", 26379)) for sentinel in sentinels]
+    options |= {name: sentinels[0][name] for name in ("db", "username", "password") if name in sentinels[0]}
+    master, sentinel_kwargs = options.pop("master_name", "mymaster"), options.pop("sentinel_kwargs", None)
+    # All of them in turn, within the time; redis-py would ask again in between.
+    once = {"retry": Retry(NoBackoff(), 0)}
+    seconds = TIMEOUT_SECONDS / len(addresses)
+    asking = {"socket_timeout": seconds, "socket_connect_timeout": seconds, **once, **(sentinel_kwargs or {})}
+    sentinel = Sentinel(addresses, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+    client: Redis = sentinel.master_for(master, **{**options, **once})  # type: ignore[no-untyped-call]
+    return client
+
+
+_FIELDS = ("server", "state", "opened_at", "opened_by", "used_at", "ended_at")
+
+
+def _record(
+    key: str, fields: Sequence[str | None], holders: Mapping[str, str], deadline: float | None
+) -> SessionRecord | None:
+    server, state, opened_at, opened_by, used_at, ended_at = fields
+    if server is None or state is None:
+        return None
+    return SessionRecord(
+        key=key,
+        server=server,
+        state=state,
+        opened_at=float(opened_at or 0),
+        opened_by=json.loads(opened_by or "{}"),
+        holders=holders,
+        used_at=float(used_at or 0),
+        deadline=deadline,
+        ended_at=None if ended_at is None else float(ended_at),
+    )
