@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from peers.recorder import Recorder
 from processes import wait_until
-from redis import Redis
+from redis import ConnectionError, Redis  # noqa: A004 - as redis-py calls it
 from signatures import Steps
 from worker_process import Worker
 
@@ -89,7 +89,10 @@ class Project:
         inspect = self.app.control.inspect(timeout=0.3, limit=len(self.workers))
 
         def is_idle():
-            active, reserved = inspect.active() or {}, inspect.reserved() or {}
+            try:
+                active, reserved = inspect.active() or {}, inspect.reserved() or {}
+            except ConnectionError:  # of the pool that projects on one broker share; another one was closed meanwhile
+                return False
             return len(active) == len(self.workers) and not any([*active.values(), *reserved.values()])
 
         wait_until(is_idle, 20, "the workers to be idle")
