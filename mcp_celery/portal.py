@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 #: How long an interrupted call may take to clean up on the loop (a cancellation sent to the server, for instance).
 CLEAN_UP_SECONDS = 6.0
 
+#: How long a signal can go unnoticed that arrives in the instant before a thread begins to wait. Python runs handlers
+#: between bytecodes, and a wait that has not begun is not interrupted by a signal that has already arrived.
+NOTICE_SECONDS = 1.0
+
 
 class Caller:
     """The thread that waits in `Portal.call`, which can be asked to run something meanwhile."""
@@ -41,7 +45,13 @@ class Caller:
 
     def serve(self) -> None:
         """Run what arrives, in order, until `done`. Runs in the waiting thread."""
-        while (function := self._inbox.get()) is not None:
+        while True:
+            try:
+                function = self._inbox.get(timeout=NOTICE_SECONDS)
+            except queue.Empty:
+                continue
+            if function is None:
+                return
             function()
 
     def wait(self, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """The event loop of a process: there is one, a fork gets its own, and an interrupted call leaves nothing behind."""
 
+import _thread
 import signal
 import subprocess
 import sys
@@ -189,6 +190,21 @@ def test_an_interrupted_call_is_cancelled_and_the_interruption_goes_on(portal, i
     assert caught.value is interruption
     assert seen == ["cancelled", "cleaned up"]
     assert portal.call(own_thread), "the portal is usable after it"
+
+
+def test_a_signal_that_does_not_wake_the_waiting_thread_is_noticed_all_the_same(portal, interrupt_with):
+    interrupt_with(SoftTimeLimitExceeded())
+    caller = Caller()
+
+    async def wait_for_ever():
+        waiting = threading.Event()
+        caller.run(waiting.set)
+        assert await anyio.to_thread.run_sync(waiting.wait, 10)
+        _thread.interrupt_main(signal.SIGUSR1)  # marks it as arrived, and interrupts no wait
+        await anyio.sleep_forever()
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        portal.call(wait_for_ever, caller=caller)
 
 
 def test_a_call_that_does_not_end_holds_an_interruption_up_no_longer_than_its_clean_up(
