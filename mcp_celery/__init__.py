@@ -6,12 +6,16 @@ session, in the worker.
 
 from ._version import __version__
 from .exceptions import (
+    CallInterruptedError,
     ConfigurationError,
+    JournalError,
+    JournalMismatchError,
     MCPCeleryError,
     SessionError,
     SessionHandleError,
     SessionLostError,
     StoreError,
+    SupersededError,
     ToolError,
     TransportError,
 )
@@ -19,7 +23,10 @@ from .handle import SessionHandle
 from .task import MCPTask
 
 __all__ = [
+    "CallInterruptedError",
     "ConfigurationError",
+    "JournalError",
+    "JournalMismatchError",
     "MCPCeleryError",
     "MCPTask",
     "SessionError",
@@ -27,6 +34,7 @@ __all__ = [
     "SessionHandleError",
     "SessionLostError",
     "StoreError",
+    "SupersededError",
     "ToolError",
     "TransportError",
     "__version__",

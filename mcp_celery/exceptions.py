@@ -88,5 +88,46 @@ class TransportError(MCPCeleryError):
         self.sent = sent
 
 
+class CallInterruptedError(MCPCeleryError):
+    """Raised when a durable task runs again and a call of its earlier run may or may not have been executed.
+
+    The call cannot be continued: the server gave no event ID for it. Nothing was sent. `mcp_on_interrupted =
+    "call-again"` makes such calls again; so are those of tools that say `readOnlyHint` or `idempotentHint`.
+
+    Attributes:
+        tool: The name of the tool.
+    """
+
+    def __init__(self, message: str = "", tool: str | None = None) -> None:
+        super().__init__(message, tool)
+        self.tool = tool
+
+
+class JournalError(MCPCeleryError):
+    """Raised when the journal of a durable task cannot serve: a result is too large for it, for instance."""
+
+
+class JournalMismatchError(JournalError):
+    """Raised when a durable task runs again and makes other calls than before. Nothing was sent.
+
+    Attributes:
+        number: Which call of the task it was, from 1.
+        before: What the call was when the task ran before.
+        now: What it is now.
+    """
+
+    def __init__(
+        self, message: str = "", number: int | None = None, before: str | None = None, now: str | None = None
+    ) -> None:
+        super().__init__(message, number, before, now)
+        self.number = number
+        self.before = before
+        self.now = now
+
+
+class SupersededError(JournalError):
+    """Raised in a run of a durable task that was out of touch for so long that another run has taken over."""
+
+
 class StoreError(MCPCeleryError):
     """Raised by commands that cannot work without the store. Tasks go on without it."""

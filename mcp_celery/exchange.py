@@ -34,6 +34,8 @@ RESUME_ATTEMPTS = 10
 RESUME_PAUSE_SECONDS = 10.0
 #: How long the rest of an answered stream is waited for, to use its connection again.
 DRAIN_SECONDS = 0.5
+#: Between the parts of a resumption token; no character of a line.
+_SEPARATOR = "\x1f"
 #: One server-sent event may be this large.
 MAX_EVENT_BYTES = 64 * 1024 * 1024
 
@@ -46,7 +48,7 @@ class Exchange:
 
     Attributes:
         wire_id: The id on the wire, and the progress token. None for a request that another process has sent and that
-            is continued here: all of the stream is its own.
+            is continued here by a token which does not name it: all of the stream is its own.
         ended: Set at the end of `run`, when the rest of the response was read or given up.
     """
 
@@ -60,8 +62,13 @@ class Exchange:
         deliver: Callable[["Exchange", JSONRPCMessage], Awaitable[None]],
     ) -> None:
         self.request = request
-        self._last_event_id = metadata.resumption_token if metadata else None
-        self.wire_id = None if self._last_event_id else f"{prefix}-{request.id}"
+        token = metadata.resumption_token if metadata else None
+        #: Another process has sent the request: its response is continued here.
+        self._is_continued = bool(token)
+        self._last_event_id: str | None = None
+        self.wire_id: str | None = f"{prefix}-{request.id}"
+        if token:
+            self._last_event_id, self.wire_id = read_token(token)
         self.ended = anyio.Event()
         self.is_answered = False
         self._session = session
@@ -96,7 +103,7 @@ class Exchange:
         try:
             with self._scope:
                 self._heard()
-                if self.wire_id is None or not await self._post():
+                if self._is_continued or not await self._post():
                     await self._resume()
             if self._scope.cancelled_caught and not (self._is_given_up or self.is_answered):
                 limit = self._endpoint.read_timeout_seconds or 0
@@ -204,7 +211,8 @@ class Exchange:
             if self._window is not None:
                 self._window.deadline = anyio.current_time() + self._window_seconds
             if self._metadata is not None and self._metadata.on_resumption_token_update is not None:
-                await self._tell_token(self._metadata.on_resumption_token_update, event.id)
+                token = write_token(event.id, self.wire_id)
+                await self._tell_token(self._metadata.on_resumption_token_update, token)
 
     async def _tell_token(self, callback: Callable[[str], Awaitable[None]], token: str) -> None:
         try:
@@ -281,6 +289,20 @@ class Exchange:
             if not response.is_success or media_type(response) != "text/event-stream":
                 raise self._session.failure(f"cannot resume a response (HTTP {status})", status)
             await self._read_events(response)
+
+
+def write_token(event_id: str, wire_id: str | None) -> str:
+    """Return the resumption token of a request: where its response is continued, and under which id it was sent.
+
+    The id tells its answer from others: server-everything replays all streams of a session at once.
+    """
+    return event_id if wire_id is None else f"{event_id}{_SEPARATOR}{wire_id}"
+
+
+def read_token(token: str) -> tuple[str, str | None]:
+    """Return the event ID of a resumption token, and the id of the request where the token has it."""
+    event_id, _, wire_id = token.partition(_SEPARATOR)
+    return event_id, wire_id or None
 
 
 def parse(content: bytes | str) -> JSONRPCMessage | None:

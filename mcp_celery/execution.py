@@ -21,12 +21,12 @@ from celery import uuid
 from celery.app.task import Context
 from kombu.exceptions import EncodeError
 
-from .exceptions import ConfigurationError, MCPCeleryError, StoreError
+from .exceptions import ConfigurationError, MCPCeleryError, StoreError, SupersededError
 from .handle import SessionHandle, server_name
 from .redis_store import get_store
-from .settings import Conf, ServerSettings, server_settings
-from .store import Change, Leaving, Standing, Store
-from .sync_session import MCPSession, new_session
+from .settings import Conf, JournalSettings, ServerSettings, journal_settings, server_settings
+from .store import Change, Leaving, Standing, Store, process_name
+from .sync_session import MCPSession, SyncJournal, new_journal, new_session
 from .workflow import Ahead, Canvas, Carried, Given, Signature, bind, carried, read
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ REFUSED = (TypeError, EncodeError)
 
 #: For how long a process remembers which MCP tasks other workers have.
 ANNOUNCED_SECONDS = 30.0
+#: How long Celery can hold a claim on a chord: two attempts to read results, or all attempts to publish.
+CLAIM_SECONDS = 60.0
+CLAIM_POLL_SECONDS = 0.5
 #: Members of a group that are given the same session are published within this time of each other.
 GROUP_SECONDS = 5.0
 
@@ -132,7 +135,7 @@ def hold_given(task: Any, brought: Carried, task_id: str, *, in_group: bool) -> 
         yield Carried(handles=[*brought.handles, *counted], holder=task_id, at=time.time())
     except BaseException:
         for handle in counted:
-            change(handle, Change(leaving=[task_id], when_empty=Leaving.DETACH))
+            change(handle, Change(leaving=[task_id], may_return=True, when_empty=Leaving.DETACH))
         raise
 
 
@@ -149,7 +152,53 @@ def bind_errbacks(task: Any, request: Any) -> None:
     except (ConfigurationError, StoreError) as exc:
         logger.debug("%s", exc)
     for handle in held.values():
-        bind(handle, errbacks)
+        bind(handle, errbacks, f"{journal_id(request)}/failed")
+
+
+def journal_id(request: Any) -> str:
+    """Return what the journal of an execution goes by. What replaces a task has the same ID, and other calls."""
+    nesting = request.get("replaced_task_nesting") or 0
+    return f"{request.id}.{nesting}" if nesting else str(request.id)
+
+
+def settings_of_journal(task: Any) -> JournalSettings | None:
+    """Return how *task* keeps its journal; None where it is not durable.
+
+    Raises:
+        ConfigurationError: An option is wrong.
+    """
+    options = (getattr(task, name, None) for name in ("mcp_durable", "mcp_on_interrupted"))
+    return journal_settings(task.app.conf, *options)
+
+
+def wait_for_claim(task: Any, request: Any) -> None:
+    """Wait until nobody claims the chord that a member of its header is about to tell of its end, again.
+
+    In Celery's Redis backend, the last member to end claims the chord, so as to publish its body. Where its process is
+    killed meanwhile, the claim lapses after some seconds; a member that told the chord before would see it and leave
+    the body to the dead process.
+    """
+    from celery.backends.redis import RedisBackend  # noqa: PLC0415 - only where there is one
+    from redis import RedisError  # noqa: PLC0415 - as above
+
+    if not request.chord or not request.group or not isinstance(task.backend, RedisBackend):
+        return
+    claim, deadline = task.backend.get_key_for_group(request.group, ".c"), time.monotonic() + CLAIM_SECONDS
+    try:
+        while task.backend.client.get(claim) not in {None, b"done"} and time.monotonic() < deadline:
+            time.sleep(CLAIM_POLL_SECONDS)
+    except RedisError as exc:
+        logger.debug("It is not known whether a chord is claimed (%s)", type(exc).__name__)
+
+
+def release_journal(task: Any, request: Any, pid: int) -> None:
+    """Give the journal of a task whose process is gone to its next execution at once."""
+    try:
+        store = get_store(task.app.conf)
+        if store is not None:
+            store.release_journal(journal_id(request), process_name(pid))
+    except (ConfigurationError, StoreError) as exc:
+        logger.debug("%s", exc)
 
 
 def never_runs(task: Any, request: Any, *, are_errbacks_called: bool = True) -> None:
@@ -215,8 +264,13 @@ class Execution:
         self._brought = {handle.key for handle in brought.all}
         self._given_by_user = {handle.key: handle for handle in brought.given}
         self._tentative = brought.handles if brought.tentative else ()
+        self._journal: SyncJournal | None = None
+        #: By key: the sessions of an earlier execution, which may have gone on or ended before.
+        self._recovered: dict[str, SessionHandle] = {}
         #: By key: the sessions that go on elsewhere while this execution holds them, with the names of the tasks there.
         self._shared: dict[str, list[str]] = {}
+        self._failure: MCPCeleryError | None = None
+        self._branches = 0
         #: Its sessions were given to what takes its place: another attempt, a replacement, errbacks.
         self.is_handed_on = False
         #: The task has succeeded, and its sessions were bound into what follows it, or ended.
@@ -225,13 +279,80 @@ class Execution:
     # -- In the task function
 
     def begin(self) -> None:
-        """Have sessions that were given from outside, and that nobody has counted, held by this execution."""
+        """Find what earlier attempts have left, and hold the sessions that nobody has counted.
+
+        Raises:
+            ConfigurationError: The task is durable, and there is no store.
+            StoreError: The task is durable, and the store does not answer.
+            SupersededError: The task is durable, and has ended before.
+        """
+        self._recover()
         for handle in self._given_by_user.values():
             self._hold(handle)
         for handle in self._tentative:
             self._hold_if_alive(handle)
         if self._request.is_eager and _shared_by_eager.get() is None:
             _tell_of_eager()
+
+    def begin_mapping(self) -> None:
+        """Begin, for Celery's task that maps. Told by a signal, which lets nothing through: its items raise it."""
+        try:
+            self.begin()
+        except MCPCeleryError as exc:
+            self._failure = exc
+
+    def begin_item(self) -> None:
+        """Raise what has kept the list of this item from beginning."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _recover(self) -> None:
+        """Resume the sessions that an earlier attempt of this task has opened."""
+        request = self._request
+        if request.called_directly or request.is_eager or not request.id:
+            return
+        settings = settings_of_journal(self._task)
+        if settings is not None:
+            self._begin_journal(settings)
+        if request.retries or (request.delivery_info or {}).get("redelivered"):
+            found = self._ask_store(lambda store: store.held_by(self._holder)) or []
+            for handle in found:
+                if handle.server not in self._given:
+                    self._given[handle.server] = self._held[handle.key] = handle
+
+    def _begin_journal(self, settings: JournalSettings) -> None:
+        store = get_store(self._conf)
+        if store is None:
+            raise ConfigurationError(
+                f"Task {self._task.name} is durable, which takes a Redis or Valkey: set mcp_store_url"
+            )
+        self._journal = new_journal(store, journal_id(self._request), self._request.retries, settings)
+        self._journal.begin()
+        journal = self._journal.journal
+        if journal.is_done:
+            raise SupersededError("The task has ended before: its worker was lost before it could say so")
+        if journal.is_continued:
+            self._recovered |= {handle.key: handle for handle in self._given.values()}
+        for server, handle in journal.sessions.items():
+            if server not in self._given:
+                # Held or not: it may have been passed on before the worker was lost.
+                self._given[server] = self._recovered[handle.key] = handle
+
+    @property
+    def is_superseded(self) -> bool:
+        """Whether another execution of this task has taken over, so that this one counts no more."""
+        return self._journal is not None and self._journal.journal.is_superseded
+
+    def supersede(self, exc: SupersededError) -> None:
+        """Leave all to the execution that has taken over, or that has ended the task before."""
+        logger.warning("Task %s[%s] goes no further here: %s", self._task.name, self._request.id, exc)
+        self.is_handed_on = True
+        self._held.clear()
+
+    def end_journal(self, *, is_done: bool) -> None:
+        """Give the journal back; with *is_done*, the task will not run again."""
+        if self._journal is not None:
+            self._journal.end(is_done=is_done)
 
     def first_session(self) -> MCPSession:
         """Return the session of the task's first server.
@@ -258,7 +379,10 @@ class Execution:
         if settings.name not in self._sessions:
             handle = self._given.get(settings.name)
             lost_at = None if handle is None else self._lost_at(handle, settings.keepalive_seconds)
-            self._sessions[settings.name] = new_session(settings, handle, self.session, ledger=self, lost_at=lost_at)
+            journal = None if self._journal is None else self._journal.journal
+            self._sessions[settings.name] = new_session(
+                settings, handle, self.session, ledger=self, lost_at=lost_at, journal=journal
+            )
         return self._sessions[settings.name]
 
     def given_handle(self) -> SessionHandle | None:
@@ -303,6 +427,11 @@ class Execution:
             ahead.errbacks += self._canvas.errbacks_of(self._request)
             self._settle(ahead, "done")
             self.is_settled = True
+            self._wait_for_claim()
+
+    def _wait_for_claim(self) -> None:
+        if self._journal is not None and (self._request.delivery_info or {}).get("redelivered"):
+            wait_for_claim(self._task, self._request)
 
     def bind_replacement(self, signature: Signature) -> None:
         """Pass each session on to what replaces this task, or end it where nothing there takes one."""
@@ -311,15 +440,16 @@ class Execution:
 
     def branch(self, signature: Signature) -> None:
         """Pass each session on to *signature*, and keep it as well."""
+        self._branches += 1
         for handle in self.handles():
-            self._share(handle, self._canvas.within(signature))
+            self._share(handle, self._canvas.within(signature), f"branch{self._branches}")
 
     def bind_ahead(self) -> None:
         """Pass each session that was opened here on to what comes next, and keep it as well."""
         ahead = self._canvas.ahead_of(self._request)
         for handle in self.handles():
             if handle.key not in self._brought and handle.key not in self._shared:
-                self._share(handle, ahead)
+                self._share(handle, ahead, "next")
 
     def retry(self) -> None:
         """The next attempt continues the sessions; this one may go on, where Celery does not raise `Retry`."""
@@ -352,11 +482,15 @@ class Execution:
     def fail(self, exc: BaseException) -> None:
         """Pass all sessions on to the errbacks, or end them where there are none."""
         errbacks = self._canvas.errbacks_of(self._request)
-        if not isinstance(exc, Exception) and errbacks and self._store() is not None:
-            # The process is being ended. Whether errbacks run, the worker's main process decides, and says so.
+        is_for_others = bool(errbacks) or self._journal is not None
+        if not isinstance(exc, Exception) and is_for_others and self._store() is not None:
+            # The process is being ended. Whether the task runs again, or its errbacks do, the worker's main process
+            # decides; it lets go of the sessions where neither does.
             self._held.clear()
         else:
             self._end("failed", errbacks)
+            if isinstance(exc, Exception):
+                self._wait_for_claim()
         self.is_handed_on = True
 
     def leave(self, outcome: str) -> None:
@@ -378,11 +512,9 @@ class Execution:
             # Neither passed on nor ended: closed by the task in vain, or left behind for another one.
             self._leave_to_reaper(handle)
 
-    def end_carried(
-        self, handle: SessionHandle, never: Iterable[str], errbacks: Mapping[str, str], *, for_good: bool = False
-    ) -> None:
+    def end_carried(self, handle: SessionHandle, never: Iterable[str], errbacks: Mapping[str, str]) -> None:
         """End a session that was bound to the tasks *never*, which will not run, and to *errbacks*, which do."""
-        self._pass_on(handle, Change(leaving=list(never), joining=errbacks, for_good=for_good))
+        self._pass_on(handle, Change(leaving=list(never), joining=errbacks))
 
     # -- Within
 
@@ -402,23 +534,24 @@ class Execution:
         takes_over = {handle.key: holders for handle, holders in carried(() if is_silent else hopeless.errbacks)}
         own = set(self._held) | {handle.key for handle in self.handles()}
         for handle in self.handles():
-            joining = {**self._bind(handle, errbacks), **takes_over.get(handle.key, {})}
-            step = self._step(handle, outcome, never.get(handle.key, ()), joining)
-            self._pass_on(handle, replace(step, for_good=is_silent))
+            joining = {**self._bind(handle, errbacks, kind="failed"), **takes_over.get(handle.key, {})}
+            self._pass_on(handle, self._step(handle, outcome, never.get(handle.key, ()), joining))
         self._let_go_of_lost(outcome, never)
         for handle, holders in given_up:
             if handle.key not in own:  # detached here, or passed by: this task has another one of that server
-                self.end_carried(handle, holders, takes_over.get(handle.key, {}), for_good=is_silent)
+                self.end_carried(handle, holders, takes_over.get(handle.key, {}))
 
-    @staticmethod
-    def _bind(handle: SessionHandle, tasks: Sequence[Signature], errbacks: Sequence[Signature] = ()) -> dict[str, str]:
+    def _bind(
+        self, handle: SessionHandle, tasks: Sequence[Signature], errbacks: Sequence[Signature] = (), kind: str = "next"
+    ) -> dict[str, str]:
         """Bind into *tasks*, and return those bound; into *errbacks* as well, of which only failures make holders."""
-        bound = bind(handle, tasks)
+        parent = journal_id(self._request) if self._request.id else self._holder
+        bound = bind(handle, tasks, f"{parent}/{kind}")
         if len(bound) > 1 and not handle.shared:
             handle = replace(handle, shared=True)
-            bind(handle, tasks)
+            bind(handle, tasks, f"{parent}/{kind}")
         if bound:
-            bind(handle, errbacks, tentative=True)
+            bind(handle, errbacks, f"{parent}/{kind}/errback", tentative=True)
         return bound
 
     def _pass_on(self, handle: SessionHandle, change: Change) -> None:
@@ -431,16 +564,18 @@ class Execution:
                 self._eager[handle.server] = (self._task, handle)
             return
         standing = self._change(handle, change)
-        # Where it never was a holder itself, somebody else may have ended what the store does not know any more.
+        # Where it never was a holder itself, or runs again after its worker was lost, somebody else may have ended what
+        # the store does not know any more.
         is_alone = _is_uncounted(standing) and not handle.shared and not change.joining
-        if standing is Standing.LAST or (is_alone and (standing is None or self._holder in change.leaving)):
+        is_known = standing is None or self._holder in change.leaving
+        if standing is Standing.LAST or (is_alone and is_known and handle.key not in self._recovered):
             self._close(handle)
         elif handle.shared or len(change.joining) > 1:
             self._warn_if_uncounted(handle, standing)
 
-    def _share(self, handle: SessionHandle, ahead: Ahead) -> None:
+    def _share(self, handle: SessionHandle, ahead: Ahead, kind: str) -> None:
         shared = replace(handle, shared=True)
-        if handle.session_id is not None and (bound := self._bind(shared, ahead.tasks, ahead.errbacks)):
+        if handle.session_id is not None and (bound := self._bind(shared, ahead.tasks, ahead.errbacks, kind)):
             self._shared.setdefault(handle.key, []).extend(bound.values())
             change = Change(joining=bound, keepalive_seconds=self._keepalive(handle))
             self._warn_if_uncounted(handle, self._change(handle, change))
@@ -528,7 +663,6 @@ class Execution:
 
     def _change(self, handle: SessionHandle, change: Change) -> Standing | None:
         standing: Standing | None = None
-        change = replace(change, for_good=change.for_good or bool(self._tentative))
         if handle.session_id is not None and self._eager is None:
             standing = self._ask_store(lambda store: store.change(handle, change))
         return standing
@@ -571,8 +705,9 @@ class Execution:
         return Change(
             leaving=[self._holder, *never],
             joining=joining,
+            may_return=outcome == "replaced",
             when_empty=when_empty,
-            create=not handle.shared,
+            create=not handle.shared and handle.key not in self._recovered,
             events=[step],
             keepalive_seconds=self._keepalive(handle),
         )

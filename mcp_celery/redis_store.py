@@ -5,12 +5,13 @@ them in one slot; all have a time to live. Times are the server's own, so the cl
 
     {prefix}:session:<key>   hash    v, state, server, handle (JSON, as it travels in messages), times, opened_by
     {prefix}:holders:<key>   hash    task ID to task name
-    {prefix}:left:<key>      set     task IDs that had ended before they were to join
+    {prefix}:left:<key>      set     task IDs that have ended, and join no more
     {prefix}:events:<key>    list    JSON, the history
     {prefix}:task:<task ID>  set     keys of the sessions that a task holds
     {prefix}:deadlines       zset    key by the time when the reaper ends the session
     {prefix}:pings           zset    key by the time when the reaper pings the session
     {prefix}:ended           zset    key by the time of its end, while its history is kept
+    {prefix}:journal:<task>  hash    owner, until (the lease), call:<n>, token:<n>, end:<n>, session:<server>, or done
     {prefix}:tasks           zset    names of MCP tasks by the time when a worker was last seen to have them
     {prefix}:leader          string  the worker that leads
 """
@@ -22,10 +23,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from .exceptions import SessionHandleError, StoreError
+from .exceptions import JournalError, SessionHandleError, StoreError
 from .handle import SessionHandle
 from .settings import Conf, StoreSettings, store_settings
-from .store import Change, Parked, SessionRecord, Standing, Store
+from .store import Change, Claim, Parked, SessionRecord, Standing, Store
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -112,9 +113,10 @@ end
 local joins = {}
 for _, pair in ipairs(a.joining) do joins[pair[1]] = true end
 for _, id in ipairs(a.leaving) do
-  -- An errback may have ended before it was counted. A replacement has the ID of the task that it replaces.
-  local unknown = redis.call('HDEL', holders, id) == 0
-  if (unknown or a.for_good) and not joins[id] then redis.call('SADD', left, id) end
+  redis.call('HDEL', holders, id)
+  -- An errback may have ended before it was counted. A task that was killed while it published what follows, and runs
+  -- again, counts that again: some of it may have ended.
+  if not (a.may_return or joins[id]) then redis.call('SADD', left, id) end
   if not joins[id] then redis.call('SREM', key('task', id), s) end
 end
 for _, pair in ipairs(a.joining) do
@@ -267,6 +269,52 @@ redis.call('HSET', record, 'state', 'closing')
 schedule(deadlines, a.session, now + a.ending)
 return {a.session, redis.call('HGET', record, 'handle')}
 """
+_CLAIM_JOURNAL = """
+local journal = key('journal', a.task)
+local found = redis.call('HMGET', journal, 'done', 'owner', 'until')
+if found[1] then return {'done'} end
+if found[2] and found[2] ~= a.owner and tonumber(found[3]) > now then return {'held'} end
+redis.call('HSET', journal, 'v', a.v, 'owner', a.owner, 'until', now + a.lease)
+keep(journal, a.kept)
+return {'mine', redis.call('HGETALL', journal)}
+"""
+
+#: ARGV[2...]: names and texts, apart from the JSON, since results are large.
+_WRITE_JOURNAL = """
+local journal = key('journal', a.task)
+if redis.call('HGET', journal, 'owner') ~= a.owner then return redis.call('EXISTS', journal) - 1 end
+for i = 2, #ARGV, 2 do redis.call('HSET', journal, ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', journal, 'until', now + a.lease)
+keep(journal, a.kept)
+return 1
+"""
+
+_CUT_JOURNAL = """
+local journal = key('journal', a.task)
+if redis.call('HGET', journal, 'owner') ~= a.owner then return redis.call('EXISTS', journal) - 1 end
+for _, name in ipairs(a.fields) do redis.call('HDEL', journal, name) end
+return 1
+"""
+
+_END_JOURNAL = """
+local journal = key('journal', a.task)
+if redis.call('HGET', journal, 'owner') ~= a.owner then return end
+if a.is_done then
+  redis.call('DEL', journal)
+  redis.call('HSET', journal, 'v', a.v, 'done', now)
+  keep(journal, a.kept)
+else
+  redis.call('HDEL', journal, 'owner', 'until')
+end
+"""
+
+#: Another execution may have taken the lease before the death of that process is noticed.
+_RELEASE_JOURNAL = """
+local journal = key('journal', a.task)
+local owner = redis.call('HGET', journal, 'owner')
+if owner and string.sub(owner, 1, #a.process) == a.process then redis.call('HDEL', journal, 'owner', 'until') end
+"""
+
 
 _stores: dict[object, "RedisStore"] = {}
 
@@ -311,12 +359,12 @@ class RedisStore:
             leaving=list(change.leaving),
             joining=list(change.joining.items()),
             create=change.create,
+            may_return=change.may_return,
             when_empty=change.when_empty.value,
             events=[json.dumps(event) for event in change.events],
             opened_by=json.dumps(change.opened_by or {}),
             keepalive=change.keepalive_seconds,
             settling=change.settling_seconds,
-            for_good=change.for_good,
         )
         return Standing(answer)
 
@@ -383,6 +431,31 @@ class RedisStore:
         """See `Store.note_lost`."""
         self._run(_NOTE_LOST, session=key, events=[json.dumps({"what": "lost", "at": time.time()})])
 
+    # -- For journals
+
+    def claim_journal(self, task_id: str, owner: str, lease_seconds: float) -> Claim:
+        """See `JournalStore.claim_journal`."""
+        standing, *rest = self._run(_CLAIM_JOURNAL, v=VERSION, task=task_id, owner=owner, lease=lease_seconds)
+        flat = rest[0] if rest else []
+        return Claim(standing, dict(zip(flat[::2], flat[1::2], strict=True)))
+
+    def write_journal(self, task_id: str, owner: str, fields: Mapping[str, str], lease_seconds: float) -> bool:
+        """See `JournalStore.write_journal`."""
+        flat = [text for pair in fields.items() for text in pair]
+        return _is_kept(self._run(_WRITE_JOURNAL, *flat, task=task_id, owner=owner, lease=lease_seconds))
+
+    def cut_journal(self, task_id: str, owner: str, fields: Sequence[str]) -> bool:
+        """See `JournalStore.cut_journal`."""
+        return _is_kept(self._run(_CUT_JOURNAL, task=task_id, owner=owner, fields=list(fields)))
+
+    def end_journal(self, task_id: str, owner: str, *, is_done: bool) -> None:
+        """See `JournalStore.end_journal`."""
+        self._run(_END_JOURNAL, v=VERSION, task=task_id, owner=owner, is_done=is_done)
+
+    def release_journal(self, task_id: str, process: str) -> None:
+        """See `JournalStore.release_journal`."""
+        self._run(_RELEASE_JOURNAL, task=task_id, process=process)
+
     # -- For commands
 
     def sessions(self, *, ended: bool = False) -> Iterator[SessionRecord]:
@@ -437,7 +510,7 @@ class RedisStore:
                 parked.append(Parked(key, SessionHandle.load(handle)))
         return parked
 
-    def _run(self, script: str, **arguments: Any) -> Any:
+    def _run(self, script: str, *more: str, **arguments: Any) -> Any:
         lives = self._settings
         arguments |= {
             "ttl": lives.session_ttl_seconds,
@@ -450,7 +523,7 @@ class RedisStore:
         }
         # redis-py's scripts go by their hash, and are loaded where the server does not have them.
         body = json.dumps(arguments)
-        return self._ask(lambda client: client.register_script(_PRELUDE + script)([self._base], [body]))
+        return self._ask(lambda client: client.register_script(_PRELUDE + script)([self._base], [body, *more]))
 
     def _ask(self, question: "Callable[[Redis], Any]") -> Any:
         from redis import RedisError  # noqa: PLC0415 - a process that only publishes needs no store
@@ -472,6 +545,12 @@ class RedisStore:
         if client is None:
             client = self._clients[os.getpid()] = connect(self._settings)
         return client
+
+
+def _is_kept(answer: int) -> bool:
+    if answer < 0:
+        raise JournalError("The store has lost the journal of this task: what it has called so far cannot be kept")
+    return answer > 0
 
 
 def connect(settings: StoreSettings) -> "Redis":

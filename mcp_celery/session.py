@@ -12,19 +12,22 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import anyio
 import httpx2
 import mcp_types as types
 from mcp import Client, MCPError
 from mcp.shared.dispatcher import ProgressFnT
+from mcp.shared.message import ClientMessageMetadata
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ._version import __version__
 from .exceptions import (
+    CallInterruptedError,
     ConfigurationError,
     MCPCeleryError,
     SessionError,
@@ -35,11 +38,13 @@ from .exceptions import (
 )
 from .handle import SessionHandle
 from .http import Endpoint, new_client, split_credentials
+from .journal import Entry, Journal
 from .listings import ToolListings
 from .settings import ServerSettings
 from .transport import ResumableHTTPTransport
 
 T = TypeVar("T")
+R = TypeVar("R", bound=BaseModel)
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +87,41 @@ class Call(NamedTuple):
     at: float
     seconds: float
     ok: bool
+
+
+@dataclass(frozen=True)
+class Question(Generic[R]):
+    """What is asked of a server, so that it can be asked again or continued.
+
+    Attributes:
+        what: For people.
+        request: What goes over the wire; by it a call is known again.
+        result_type: What the answer is read as.
+        call: Sends it, with what continues an earlier attempt.
+        tool: The name of the tool; None for what only reads.
+    """
+
+    what: str
+    request: Any
+    result_type: type[R]
+    call: Callable[[Client, ClientMessageMetadata | None], Awaitable[R]]
+    tool: str | None = None
+
+
+def failure_of(exc: MCPError | MCPCeleryError) -> dict[str, Any]:
+    """Return an error of a call as JSON types, for the journal."""
+    if isinstance(exc, MCPError):
+        return {"class": "MCPError", "args": [exc.code, exc.message, exc.data]}
+    return {"class": type(exc).__name__, "args": list(exc.args)}
+
+
+def replayed(entry: Entry, result_type: type[R]) -> R:
+    """Return the result of a call that was made before, or raise its error."""
+    if entry.failure is not None and "class" in entry.failure:
+        kinds = {"MCPError": MCPError, "ToolError": ToolError, "TransportError": TransportError}
+        raise kinds[entry.failure["class"]](*entry.failure["args"])
+    answer = entry.failure["result"] if entry.failure is not None else entry.result
+    return result_type.model_validate(answer, by_name=False)
 
 
 class Shared(NamedTuple):
@@ -145,6 +185,7 @@ class AsyncMCPSession:
         *,
         ledger: Ledger | None = None,
         lost_at: float | None = None,
+        journal: Journal | None = None,
     ) -> None:
         if handle is not None and handle.server != settings.name:
             raise SessionHandleError(
@@ -154,6 +195,7 @@ class AsyncMCPSession:
         self._connections = connections
         self._given = handle
         self._ledger = ledger
+        self._journal = journal
         #: When somebody else has found the given session to be lost, in seconds since the epoch.
         self._lost_at = lost_at
         #: The calls made so far; of many, the last.
@@ -251,6 +293,8 @@ class AsyncMCPSession:
             await self._enter()
             if self._given is None:
                 await self._tell("opened", self.handle)
+                if self._journal is not None and self.handle is not None:
+                    await self._journal.note_session(self.handle)
 
     async def detach(self) -> SessionHandle:
         """Leave the session alive at the server and disown it: return its handle. The task will not close it.
@@ -329,21 +373,106 @@ class AsyncMCPSession:
         """
         report = _as_coroutine(on_progress)
 
-        async def call(client: Client) -> types.CallToolResult:
+        request = types.CallToolRequest(params=types.CallToolRequestParams(name=name, arguments=arguments))
+
+        async def call(client: Client, metadata: ClientMessageMetadata | None) -> types.CallToolResult:
             if client.protocol_version in MODERN_PROTOCOL_VERSIONS:
                 # Here the SDK has more to do: headers by the input schema, and rounds of input.
                 return await client.call_tool(name, arguments, progress_callback=report)
-            parameters = types.CallToolRequestParams(name=name, arguments=arguments)
-            request = types.CallToolRequest(params=parameters)
-            return await client.session.send_request(request, types.CallToolResult, progress_callback=report)
+            return await client.session.send_request(
+                request, types.CallToolResult, metadata=metadata, progress_callback=report
+            )
 
-        result = await self._ask(f"tool {name!r}", call, timeout)
-        if raise_on_error:
-            if result.is_error:
-                raise ToolError(_text_of(result) or f"Tool {name!r} failed", name, result.structured_content)
-            if self.protocol_version not in MODERN_PROTOCOL_VERSIONS:
+        async def check(result: types.CallToolResult) -> None:
+            if not result.is_error and self.protocol_version not in MODERN_PROTOCOL_VERSIONS:
                 await self._check_output(self.client, name, result)
+
+        question = Question(f"tool {name!r}", request, types.CallToolResult, call, name)
+        result = await self._put(question, timeout, check if raise_on_error else None)
+        if raise_on_error and result.is_error:
+            raise ToolError(_text_of(result) or f"Tool {name!r} failed", name, result.structured_content)
         return result
+
+    async def _put(
+        self,
+        question: "Question[R]",
+        timeout_seconds: float | None = None,
+        check: Callable[[R], Awaitable[None]] | None = None,
+    ) -> R:
+        """Put a question to the server; of a durable task, by way of its journal. *check* may refuse the answer."""
+        if self._journal is not None:
+            return await self._put_durably(self._journal, question, timeout_seconds, check)
+        result = await self._ask(question.what, lambda client: question.call(client, None), timeout_seconds)
+        if check is not None:
+            await check(result)
+        return result
+
+    async def _put_durably(
+        self,
+        journal: Journal,
+        question: "Question[R]",
+        timeout_seconds: float | None,
+        check: Callable[[R], Awaitable[None]] | None,
+    ) -> R:
+        params = question.request.params.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if not journal.knows_next and self._client is None and self._ended is None and self._lost_at is None:
+            # Before the call is noted: of one that was noted, nobody can say that it was not sent.
+            with self._translated(question.what, timeout_seconds), anyio.fail_after(timeout_seconds):
+                await self.open()
+        entry, was_made = await journal.enter(question.what, self.server, question.request.method, params)
+        if entry.has_ended:
+            return replayed(entry, question.result_type)
+        # A call is sent once its session is recorded, and not before.
+        may_have_run = was_made and (self._given is not None or self.server in journal.sessions)
+        if may_have_run and entry.token is None and not await self._may_repeat(journal, question):
+            raise CallInterruptedError(
+                f"The worker was lost while {question.what} was under way, and the server gave nothing to continue it "
+                "by: it may or may not have run. mcp_on_interrupted = 'call-again' makes such calls again",
+                question.tool,
+            )
+        metadata = ClientMessageMetadata(
+            resumption_token=entry.token, on_resumption_token_update=journal.token_of(entry)
+        )
+        try:
+            result = await self._ask(question.what, lambda client: question.call(client, metadata), timeout_seconds)
+            if check is not None:
+                await check(result)
+        except (MCPError, ToolError) as exc:
+            await journal.finish(entry, failure_of(exc), is_failure=True)
+            raise
+        except TransportError as exc:
+            if not exc.sent and not may_have_run:
+                await journal.withdraw(entry)
+            elif timeout_seconds is not None and isinstance(exc.__cause__, TimeoutError):
+                await journal.finish(entry, failure_of(exc), is_failure=True)  # cancelled at the server
+            raise
+        answer = result.model_dump(mode="json", by_alias=True, exclude_none=True)
+        is_failure = isinstance(result, types.CallToolResult) and bool(result.is_error)
+        await journal.finish(entry, {"result": answer} if is_failure else answer, is_failure=is_failure)
+        return result
+
+    async def _may_repeat(self, journal: Journal, question: "Question[Any]") -> bool:
+        """Whether a call that may have run is made again: reading is, and a tool that says that this does no harm."""
+        if journal.calls_again or question.tool is None:
+            return True
+
+        async def find(client: Client) -> types.Tool | None:
+            cursor: str | None = None
+            for _ in range(MAX_PAGES):
+                page = await client.list_tools(cursor=cursor)
+                found = next((tool for tool in page.tools if tool.name == question.tool), None)
+                cursor = page.next_cursor
+                if found is not None or cursor is None:
+                    return found
+            return None
+
+        try:
+            tool = await self._ask("tools/list", find)
+        except SessionLostError:
+            # Whatever the tool says, the call cannot be made again here. What counts is that it may have run.
+            return False
+        hints = tool.annotations if tool is not None else None
+        return hints is not None and bool(hints.read_only_hint or hints.idempotent_hint)
 
     async def _check_output(self, client: Client, tool: str, result: types.CallToolResult) -> None:
         """Check a result by the tool's output schema; by a fresh listing before anything is said against it."""
@@ -391,7 +520,14 @@ class AsyncMCPSession:
 
     async def read_resource(self, uri: str) -> types.ReadResourceResult:
         """Read a resource."""
-        return await self._ask(f"resource {uri!r}", lambda client: client.read_resource(uri))
+        request = types.ReadResourceRequest(params=types.ReadResourceRequestParams(uri=uri))
+
+        async def call(client: Client, metadata: ClientMessageMetadata | None) -> types.ReadResourceResult:
+            if metadata is None or client.protocol_version in MODERN_PROTOCOL_VERSIONS:
+                return await client.read_resource(uri)
+            return await client.session.send_request(request, types.ReadResourceResult, metadata=metadata)
+
+        return await self._put(Question(f"resource {uri!r}", request, types.ReadResourceResult, call))
 
     async def list_prompts(self, *, cursor: str | None = None) -> types.ListPromptsResult:
         """List the prompts. `next_cursor` of the result continues."""
@@ -399,7 +535,14 @@ class AsyncMCPSession:
 
     async def get_prompt(self, name: str, arguments: dict[str, str] | None = None) -> types.GetPromptResult:
         """Get a prompt."""
-        return await self._ask(f"prompt {name!r}", lambda client: client.get_prompt(name, arguments))
+        request = types.GetPromptRequest(params=types.GetPromptRequestParams(name=name, arguments=arguments))
+
+        async def call(client: Client, metadata: ClientMessageMetadata | None) -> types.GetPromptResult:
+            if metadata is None or client.protocol_version in MODERN_PROTOCOL_VERSIONS:
+                return await client.get_prompt(name, arguments)
+            return await client.session.send_request(request, types.GetPromptResult, metadata=metadata)
+
+        return await self._put(Question(f"prompt {name!r}", request, types.GetPromptResult, call))
 
     async def complete(
         self,

@@ -80,6 +80,18 @@ class ReaperSettings:
     interval_seconds: float = 5.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class JournalSettings:
+    """How a durable task keeps its journal."""
+
+    #: A retry does not repeat calls that have finished; where False, only a redelivered message finds the journal.
+    keeps_over_retries: bool
+    #: A call that may have run, and cannot be continued, is made again.
+    calls_again: bool
+    #: A larger result, as JSON and compressed, is an error.
+    max_result_bytes: int
+
+
 #: How Celery writes the URLs of Redis, and how redis-py does.
 _REDIS_SCHEMES = {
     "redis": "redis",
@@ -154,6 +166,33 @@ def reaper_settings(conf: Conf) -> ReaperSettings:
     return ReaperSettings(
         enabled=bool(conf.get("mcp_reaper", True)),
         interval_seconds=_number(conf, "mcp_reaper_interval_seconds", 5.0),
+    )
+
+
+def journal_settings(conf: Conf, durable: object, on_interrupted: object) -> JournalSettings | None:
+    """Return how a task keeps its journal, or None where it keeps none.
+
+    Args:
+        conf: `app.conf`, with the settings `mcp_durable` and `mcp_on_interrupted`.
+        durable: The option `mcp_durable` of the task; None where it has none.
+        on_interrupted: The option `mcp_on_interrupted` of the task; None where it has none.
+
+    Raises:
+        ConfigurationError: An option is wrong.
+    """
+    durable = conf.get("mcp_durable", False) if durable is None else durable
+    on_interrupted = conf.get("mcp_on_interrupted", "raise") if on_interrupted is None else on_interrupted
+    if not isinstance(durable, bool) and durable != "redelivery":  # 1 and 0 are neither, though they equal them
+        raise ConfigurationError("mcp_durable is True, False or 'redelivery'")
+    if on_interrupted not in ("raise", "call-again"):
+        raise ConfigurationError("mcp_on_interrupted is 'raise' or 'call-again'")
+    most = conf.get("mcp_journal_max_result_bytes", 8 * 1024 * 1024)
+    if not isinstance(most, int) or isinstance(most, bool) or most <= 0:
+        raise ConfigurationError("mcp_journal_max_result_bytes is a number of bytes above 0")
+    if durable is False:
+        return None
+    return JournalSettings(
+        keeps_over_retries=durable is True, calls_again=on_interrupted == "call-again", max_result_bytes=most
     )
 
 

@@ -64,17 +64,21 @@ def _begin_mapping(task: Task, kwargs: dict[str, Any]) -> None:
         mcp_task, canvas = task.app.tasks[mapped["task"]], canvas_of(task.app)
         execution = Execution(mcp_task, task.request, brought_by(task.request), canvas)
         task.request.mcp_execution = execution
-        execution.begin()
+        execution.begin_mapping()
 
 
 @task_postrun.connect
-def _end_mapping(task: Task, state: str | None, **_: object) -> None:
-    execution = execution_of(task.request) if task.name in MAPS else None
-    if execution is not None:
+def _end_execution(task: Task, state: str | None, **_: object) -> None:
+    execution = execution_of(task.request)
+    if execution is None:
+        return
+    if task.name in MAPS:
         try:
             execution.leave("done" if state == "SUCCESS" else "failed")
         finally:
             execution.release()
+    # What follows was published, and the result is stored: the message can only come back to be ignored.
+    execution.end_journal(is_done=state in {"SUCCESS", "FAILURE", "IGNORED"})
 
 
 @task_postrun.connect
@@ -132,7 +136,7 @@ def _end_carried(task: Task, request: Any, *, are_errbacks_called: bool = True) 
     for handle, holders in never:
         ending = Execution(task, request, Carried(), canvas)
         try:
-            ending.end_carried(handle, holders, instead.get(handle.key, {}), for_good=not are_errbacks_called)
+            ending.end_carried(handle, holders, instead.get(handle.key, {}))
         finally:
             ending.release()
 

@@ -4,10 +4,11 @@ The store is never needed to go on: the handle in a message is enough to resume.
 session is left to the idle timeout of its server.
 """
 
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from .handle import SessionHandle
 
@@ -43,8 +44,10 @@ class Change:
     """What one step does to the holders of a session. Holders are task IDs."""
 
     leaving: Sequence[str] = ()
-    #: Task ID to task name. Who has left before it joined does not join any more.
+    #: Task ID to task name. Who has left does not join any more, not even where it left before it joined.
     joining: Mapping[str, str] = field(default_factory=dict)
+    #: Unless it is said here: what replaces a task has its ID, and may come later.
+    may_return: bool = False
     #: What to do where nobody holds it then.
     when_empty: Leaving = Leaving.CLOSE
     #: Begin to count where the store does not know the session: the caller knows all of its holders.
@@ -57,8 +60,6 @@ class Change:
     keepalive_seconds: float = 0
     #: More holders may join within so many seconds, though nobody should be there meanwhile.
     settling_seconds: float = 0
-    #: Who leaves does not join again: an errback may have come and gone before a failed task counts it.
-    for_good: bool = False
 
 
 class Parked(NamedTuple):
@@ -93,9 +94,63 @@ class SessionRecord:
         return self.key[:8]
 
 
-class Store(Protocol):
-    """Counts the holders of sessions. Each method that changes something is one atomic step.
+class Claim(NamedTuple):
+    """What the store says to one who wants a journal.
 
+    Attributes:
+        standing: "mine"; "held" by another execution; or "done", where the task has ended.
+        fields: The journal, as it was written, where it is "mine".
+    """
+
+    standing: Literal["mine", "held", "done"]
+    fields: Mapping[str, str]
+
+
+def process_name(pid: int) -> str:
+    """Return what the owners of journals in a process of this machine begin with."""
+    return f"{socket.gethostname()}:{pid}:"
+
+
+class JournalStore(Protocol):
+    """Keeps journals by task ID, as flat mappings of texts. Each method is one atomic step and one round trip.
+
+    Raises (each method):
+        StoreError: The store did not answer.
+    """
+
+    def claim_journal(self, task_id: str, owner: str, lease_seconds: float) -> Claim:
+        """Take the lease, or say who has it."""
+        ...
+
+    def write_journal(self, task_id: str, owner: str, fields: Mapping[str, str], lease_seconds: float) -> bool:
+        """Add *fields* and renew the lease; False, and nothing, where *owner* has lost it.
+
+        Raises:
+            JournalError: There is no journal any more: the store has lost it.
+        """
+        ...
+
+    def cut_journal(self, task_id: str, owner: str, fields: list[str]) -> bool:
+        """Remove *fields*; False, and nothing, where *owner* has lost the lease.
+
+        Raises:
+            JournalError: As above.
+        """
+        ...
+
+    def end_journal(self, task_id: str, owner: str, *, is_done: bool) -> None:
+        """Give the lease back. Where the task has ended, forget all but that."""
+        ...
+
+    def release_journal(self, task_id: str, process: str) -> None:
+        """Take the lease from an execution in a process that is known to be dead: its owner begins with *process*."""
+        ...
+
+
+class Store(JournalStore, Protocol):
+    """Counts the holders of sessions, and keeps the journals of durable tasks.
+
+    Each method that changes something is one atomic step.
     A session goes by `SessionHandle.key`, a hash of its ID.
 
     Raises (each method):

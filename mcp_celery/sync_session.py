@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     import mcp_types as types
 
     from .handle import SessionHandle
+    from .journal import Journal
     from .session import AsyncMCPSession, Call, Connections, Ledger, ProgressCallback
-    from .settings import ServerSettings
+    from .settings import JournalSettings, ServerSettings
+    from .store import JournalStore
 
 T = TypeVar("T")
 
@@ -28,6 +30,7 @@ def new_session(
     *,
     ledger: "Ledger | None" = None,
     lost_at: float | None = None,
+    journal: "Journal | None" = None,
 ) -> "MCPSession":
     """Return a session on this process's event loop, which starts at the first use. Sends nothing.
 
@@ -41,8 +44,39 @@ def new_session(
     if connections is None:
         connections = _connections.setdefault(portal, Connections())
         portal.on_close(connections.aclose)
-    session = AsyncMCPSession(settings, connections, handle, ledger=ledger, lost_at=lost_at)
+    session = AsyncMCPSession(settings, connections, handle, ledger=ledger, lost_at=lost_at, journal=journal)
     return MCPSession(session, portal, sibling)
+
+
+def new_journal(store: "JournalStore", task_id: str, attempt: int, settings: "JournalSettings") -> "SyncJournal":
+    """Return the journal of an execution, on this process's event loop."""
+    from .journal import Journal  # noqa: PLC0415 - as above
+
+    journal = Journal(
+        store,
+        task_id,
+        attempt=attempt,
+        max_result_bytes=settings.max_result_bytes,
+        keeps_over_retries=settings.keeps_over_retries,
+        calls_again=settings.calls_again,
+    )
+    return SyncJournal(journal, get_portal())
+
+
+class SyncJournal:
+    """The synchronous face of a `Journal`."""
+
+    def __init__(self, journal: "Journal", portal: Portal) -> None:
+        self.journal = journal
+        self._portal = portal
+
+    def begin(self) -> None:
+        """See `Journal.begin`."""
+        self._portal.call(self.journal.begin)
+
+    def end(self, *, is_done: bool) -> None:
+        """See `Journal.end`."""
+        self._portal.call(partial(self.journal.end, is_done=is_done))
 
 
 class MCPSession:

@@ -3,13 +3,13 @@
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 from celery import Task, current_task, uuid
 from celery.exceptions import Ignore, Reject, Retry, TaskPredicate
 
 from . import signals  # noqa: F401 - connects to Celery's
-from .exceptions import ConfigurationError, SessionHandleError
+from .exceptions import ConfigurationError, SessionHandleError, SupersededError
 from .execution import REFUSED, Execution, brought_by, canvas_of, execution_of, hold_given, never_published
 from .handle import SessionHandle, server_name
 from .redis_store import get_store
@@ -40,6 +40,13 @@ class MCPTask(Task):
     mcp_server: str | None = None
     #: More servers: `self.mcp["name"]` is the session of one, and `self.mcp` that of the first named.
     mcp_servers: tuple[str, ...] = ()
+
+    #: Keep a journal of the calls, so that a task whose worker is killed repeats none of them. "redelivery" has a retry
+    #: repeat them. None: as the setting `mcp_durable` says.
+    mcp_durable: bool | Literal["redelivery"] | None = None
+    #: What becomes of a call that may have run and cannot be continued: "raise" (`CallInterruptedError`), or
+    #: "call-again". None: as the setting says.
+    mcp_on_interrupted: Literal["raise", "call-again"] | None = None
 
     # Keeps handles out of what `celery inspect` and a result of a lost worker show.
     Request = "mcp_celery.worker:MCPRequest"
@@ -102,10 +109,15 @@ class MCPTask(Task):
                 execution.begin()
                 # Not super().__call__, which would push a second request. autoretry_for wraps run.
                 result = self.run(*args, **self._with_session(kwargs, execution))
+                if execution.is_superseded:
+                    raise SupersededError  # which the function has kept to itself  # noqa: TRY301
                 execution.succeed()
             except Retry:
                 execution.retry()
                 raise
+            except SupersededError as exc:
+                execution.supersede(exc)
+                raise Ignore from exc
             except Reject as exc:
                 execution.reject(requeue=exc.requeue)
                 raise
@@ -123,7 +135,13 @@ class MCPTask(Task):
         """Execute the task for one item of a mapped list: all items share the sessions of Celery's task that maps."""
         self.request.mcp_execution = mapping
         try:
+            mapping.begin_item()
             result = self.run(*args, **self._with_session(kwargs, mapping))
+            if mapping.is_superseded:
+                raise SupersededError  # as above  # noqa: TRY301
+        except SupersededError as exc:
+            mapping.supersede(exc)
+            raise Ignore from exc
         except TaskPredicate:
             raise  # Retry, Ignore or Reject: no errback is called
         except BaseException as exc:

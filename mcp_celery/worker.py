@@ -8,7 +8,7 @@ from billiard.exceptions import WorkerLostError
 from celery.app.task import Context
 from celery.worker.request import Request
 
-from .execution import bind_errbacks, never_runs
+from .execution import bind_errbacks, never_runs, release_journal, settings_of_journal
 from .workflow import KEY, Given, redacted, shown
 
 #: Celery prints whole messages there: at DEBUG what goes to the pool, at ERROR a message whose task is not registered.
@@ -44,7 +44,20 @@ class MCPRequest(Request):
         exc = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(exc, WorkerLostError | SystemExit):
             bind_errbacks(self.task, self._context)
+            if self.worker_pid is not None:
+                release_journal(self.task, self._context, self.worker_pid)
         return super().on_failure(exc_info, *args, **kwargs)
+
+    def _success_was_stored(self) -> Any:
+        """Whether Celery takes a task whose process is gone for one that has succeeded, and drops its message.
+
+        Its result is stored before the chord that waits for it is told, and nobody tells that then. A durable task runs
+        again instead: it repeats no calls, and a chord does not count it twice.
+        """
+        runs_again = self.task.acks_late and self.task.reject_on_worker_lost
+        if runs_again and self._context.chord and settings_of_journal(self.task) is not None:
+            return False
+        return super()._success_was_stored()
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """See to the sessions of a task that a hard time limit has ended; Celery says nothing of its request."""

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import NAMESPACE_OID, uuid5
 
-from celery import maybe_signature, uuid
+from celery import maybe_signature
 from celery.utils.saferepr import saferepr
 
 from .exceptions import SessionHandleError
@@ -138,13 +139,22 @@ class Ahead:
         return Ahead([*self.tasks, *other.tasks], [*self.errbacks, *other.errbacks])
 
 
-def bind(handle: SessionHandle, signatures: Iterable[Signature], *, tentative: bool = False) -> dict[str, str]:
+def bind(
+    handle: SessionHandle, signatures: Iterable[Signature], parent: str, *, tentative: bool = False
+) -> dict[str, str]:
     """Bind *handle* into *signatures*; return task ID and task name of those that have it now.
 
-    A signature without an ID (a link) gets one. One that was given another session of the server keeps that.
+    A signature without an ID (a link) gets one, the same one when *parent* binds again after its worker was lost. One
+    that was given another session of the server keeps that.
     """
-    bound = [_bind_one(handle, signature, tentative) for signature in signatures if _takes(handle, signature)]
-    return dict(bound)
+    bound = {}
+    for number, signature in enumerate(signatures):
+        if _takes(handle, signature):
+            if not signature["options"].get("task_id"):
+                signature["options"]["task_id"] = str(uuid5(NAMESPACE_OID, f"{parent}/{number}"))
+            holder, name = _bind_one(handle, signature, tentative)
+            bound[holder] = name
+    return bound
 
 
 def _place(signature: Signature) -> Signature:
@@ -163,8 +173,6 @@ def _takes(handle: SessionHandle, signature: Signature) -> bool:
 
 def _bind_one(handle: SessionHandle, signature: Signature, tentative: bool) -> tuple[str, str]:
     place, options = _place(signature), signature["options"]
-    if not options.get("task_id"):
-        options["task_id"] = uuid()
     holder = str(options["task_id"])
     present = read(place["kwargs"].get(KEY))
     handles = [other for other in present.handles if other.server != handle.server]

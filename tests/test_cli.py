@@ -346,7 +346,7 @@ def test_a_check_shows_what_each_server_does_and_fails_for_one_that_cannot_be_us
     checked = console.run("servers", "--check", exit_code=1)
     rows = [re.split(r"  +", line) for line in checked.stdout.splitlines()]
     assert rows[0] == ["server", "reachable", "protocol", "session", "event store", "tools", "latency", "problem"]
-    assert rows[1][:6] == ["peer", "yes", "2025-11-25", "yes", "yes", "7"]
+    assert rows[1][:6] == ["peer", "yes", "2025-11-25", "yes", "yes", "9"]
     assert re.fullmatch(r"[\d.]+ms", rows[1][6])
     assert rows[2][:2] == ["nowhere", "no"]
     assert "could not be reached" in rows[2][2]

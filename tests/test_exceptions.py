@@ -8,12 +8,16 @@ from celery.utils import uuid
 
 from mcp_celery import exceptions
 from mcp_celery.exceptions import (
+    CallInterruptedError,
     ConfigurationError,
+    JournalError,
+    JournalMismatchError,
     MCPCeleryError,
     SessionError,
     SessionHandleError,
     SessionLostError,
     StoreError,
+    SupersededError,
     ToolError,
     TransportError,
 )
@@ -21,11 +25,23 @@ from mcp_celery.exceptions import (
 TOOL = ToolError("no such file", "read_file", {"path": "/x", "tried": [1, 2]})
 LOST = SessionLostError("gone", "browser", "0a1b2c3d", 404)
 BROKEN = TransportError("could not be reached", "browser", 503, False)
+INTERRUPTED = CallInterruptedError("it may have run", "send_mail")
+MISMATCH = JournalMismatchError("another path", 2, "tool 'add'", "tool 'echo'")
+TELLING = [TOOL, LOST, BROKEN, INTERRUPTED, MISMATCH]
 PLAIN = [
-    cls("it went wrong") for cls in (MCPCeleryError, ConfigurationError, SessionError, SessionHandleError, StoreError)
+    cls("it went wrong")
+    for cls in (
+        MCPCeleryError,
+        ConfigurationError,
+        SessionError,
+        SessionHandleError,
+        JournalError,
+        SupersededError,
+        StoreError,
+    )
 ]
-BARE = [type(error)() for error in (*PLAIN, TOOL, LOST, BROKEN)]
-ERRORS = [*PLAIN, TOOL, LOST, BROKEN, *BARE]
+BARE = [type(error)() for error in (*PLAIN, *TELLING)]
+ERRORS = [*PLAIN, *TELLING, *BARE]
 
 
 @pytest.fixture(params=["json", "pickle"])
@@ -61,10 +77,13 @@ def test_what_was_learned_is_kept_as_attributes():
     assert (LOST.server, LOST.session, LOST.status) == ("browser", "0a1b2c3d", 404)
     assert (BROKEN.server, BROKEN.status, BROKEN.sent) == ("browser", 503, False)
     assert TransportError("x").sent, "whether it ran is unknown unless said otherwise"
+    assert INTERRUPTED.tool == "send_mail"
+    assert (MISMATCH.number, MISMATCH.before, MISMATCH.now) == (2, "tool 'add'", "tool 'echo'")
 
 
 def test_the_text_of_an_error_is_its_message_alone():
-    assert [str(error) for error in (TOOL, LOST, BROKEN)] == ["no such file", "gone", "could not be reached"]
+    texts = ["no such file", "gone", "could not be reached", "it may have run", "another path"]
+    assert [str(error) for error in TELLING] == texts
 
 
 def test_the_errors_are_one_tree():
@@ -72,5 +91,7 @@ def test_the_errors_are_one_tree():
         assert isinstance(error, MCPCeleryError)
     for cls in (SessionLostError, SessionHandleError):
         assert issubclass(cls, SessionError)
-    for cls in (ToolError, TransportError, StoreError, ConfigurationError):
+    for cls in (JournalMismatchError, SupersededError):
+        assert issubclass(cls, JournalError)
+    for cls in (ToolError, TransportError, CallInterruptedError, JournalError, StoreError, ConfigurationError):
         assert cls.__bases__ == (MCPCeleryError,)

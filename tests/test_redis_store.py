@@ -139,30 +139,28 @@ def test_who_has_left_before_it_joined_does_not_join(store):
     assert store.change(S, leaving("a", to=["errback"])) is Standing.LAST
 
 
+def test_who_has_joined_and_left_does_not_join_again(store):
+    store.change(S, held("a"))
+    assert store.change(S, leaving("a", to=["b"])) is Standing.HELD
+    assert store.change(S, leaving("b", to=["c"])) is Standing.HELD
+    assert store.change(S, leaving("a", to=["b"])) is Standing.HELD, "a was killed after that, and has run again"
+    assert list(store.find(S.key)[0].holders) == ["c"]
+    assert store.change(S, leaving("c")) is Standing.LAST
+
+
+def test_who_has_left_for_a_replacement_may_join_again(store):
+    store.change(S, held("a"))
+    assert store.change(S, leaving("a", to=["first"], may_return=True)) is Standing.HELD
+    assert store.change(S, leaving("a", to=["first"], may_return=True)) is Standing.HELD, "killed, and run again"
+    assert store.change(S, leaving("first", to=["a"])) is Standing.HELD, "the last of the replacement has its ID"
+    assert store.change(S, leaving("a")) is Standing.LAST
+
+
 def test_of_two_that_join_only_the_one_that_has_left_already_does_not(store):
     store.change(S, held("a"))
     store.change(S, leaving("errback"))
     assert store.change(S, leaving("a", to=["errback", "b"])) is Standing.HELD
     assert record_of(store).holders == {"b": "task b"}
-
-
-def test_who_has_left_for_good_does_not_join_again(store):
-    store.change(S, held("a", "errback"))
-    assert store.change(S, leaving("errback", for_good=True)) is Standing.HELD
-    assert store.change(S, leaving("a", to=["errback"])) is Standing.LAST
-
-
-def test_who_has_left_otherwise_may_join_again(store):
-    store.change(S, held("a", "b"))
-    store.change(S, leaving("b"))
-    assert store.change(S, leaving("a", to=["b"])) is Standing.HELD
-    assert record_of(store).holders == {"b": "task b"}
-
-
-def test_a_replacement_under_the_same_id_stays_a_holder_whoever_leaves_for_good(store):
-    store.change(S, held("a"))
-    assert store.change(S, leaving("a", to=["a"], for_good=True)) is Standing.HELD
-    assert record_of(store).holders == {"a": "task a"}
 
 
 def test_sessions_are_counted_apart(store):

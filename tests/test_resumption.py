@@ -1,5 +1,7 @@
 """A response stream that breaks off is continued where the server keeps its events, and is an error elsewhere."""
 
+from functools import partial
+
 import anyio
 import pytest
 from calls import WITH_EVENT_STORE, echo, eventually, is_call, seen, slow, text_of
@@ -9,7 +11,7 @@ from mcp_types import CallToolRequest, CallToolRequestParams, CallToolResult
 
 from mcp_celery import exchange as exchange_module
 from mcp_celery.exceptions import SessionLostError, TransportError
-from mcp_celery.exchange import RESUME_ATTEMPTS
+from mcp_celery.exchange import RESUME_ATTEMPTS, read_token, write_token
 from mcp_celery.transport import resumable_http
 
 pytestmark = pytest.mark.anyio
@@ -326,7 +328,7 @@ async def test_another_process_can_take_a_call_over_by_its_token(recorded_peer, 
             assert reports == [1, 2, 3, 4]
         assert text_of(await session.call_tool(*echo(peer, "usable"))) == "usable"
     assert recorder.methods()[0] == "GET"
-    assert recorder.exchanges[0].headers["last-event-id"] == tokens[0]
+    assert recorder.exchanges[0].headers["last-event-id"] == read_token(tokens[0])[0]
     assert recorder.methods().count("POST tools/call") == 1, "the tool is not called again"
 
 
@@ -342,3 +344,93 @@ async def test_a_token_is_of_no_use_once_the_session_is_gone(recorded_peer):
         with pytest.raises(MCPError, match="no longer knows session"):
             await session.send_request(tool_request(STORE, 1, 0.1), CallToolResult, metadata=metadata)
     assert recorder.methods() == ["GET"]
+
+
+@pytest.mark.parametrize("wire_id", ["0a1b2c3d4e5f-7", None])
+@pytest.mark.parametrize("event_id", ["7", "c0ffee_17", "a-b:c/d=="])
+def test_a_token_is_read_as_it_was_written(event_id, wire_id):
+    assert read_token(write_token(event_id, wire_id)) == (event_id, wire_id)
+
+
+def test_a_bare_event_id_is_a_token_that_names_no_request():
+    assert read_token("c0ffee_17") == ("c0ffee_17", None)
+
+
+@pytest.mark.parametrize("peer", [EVERYTHING, STORE], ids=" ".join)
+async def test_of_two_calls_in_flight_another_process_continues_the_one_that_the_token_names(recorded_peer, peer):
+    recorder = recorded_peer(*peer)
+    tokens = {}
+
+    def asked(steps):
+        """A call in *steps* steps, by which its answer and its progress are told apart."""
+        return tool_request(peer, steps, 0.2)
+
+    def keep(steps):
+        async def note(token):
+            tokens.setdefault(steps, token)
+
+        return ClientMessageMetadata(on_resumption_token_update=note)
+
+    async def ignore(*_):
+        pass
+
+    first = resumable_http(recorder.url)
+    async with first as streams, ClientSession(*streams) as session, anyio.create_task_group() as tasks:
+        await session.initialize()
+        for steps in (2, 5):
+            tasks.start_soon(
+                partial(session.send_request, metadata=keep(steps), progress_callback=ignore),
+                asked(steps),
+                CallToolResult,
+            )
+        await eventually(lambda: len(tokens) == 2, what="two tokens")
+        handle = first.handle
+        tasks.cancel_scope.cancel()
+
+    recorder.clear()
+    for steps in (5, 2):
+        reports = []
+
+        async def report(*progress, reports=reports):
+            reports.append(progress)
+
+        async with resumable_http(recorder.url, handle=handle) as streams, ClientSession(*streams) as session:
+            await session.initialize()
+            metadata = ClientMessageMetadata(resumption_token=tokens[steps])
+            with anyio.fail_after(30):
+                result = await session.send_request(
+                    asked(steps), CallToolResult, metadata=metadata, progress_callback=report
+                )
+        if peer == EVERYTHING:
+            assert f"Steps: {steps}" in text_of(result)
+        assert [(progress, total) for progress, total, _ in reports] == [(step, steps) for step in range(1, steps + 1)]
+    assert set(recorder.methods()) == {"GET"}
+    named = {read_token(tokens[steps])[1] for steps in (2, 5)}
+    assert len(named) == 2, "each token names its own request"
+    assert None not in named
+    sent = {read_token(tokens[steps])[0] for steps in (2, 5)}
+    assert {exchange.headers["last-event-id"] for exchange in recorder.exchanges} >= sent, "as the server gave them"
+
+
+@pytest.mark.parametrize("peer", [*WITH_EVENT_STORE, EVERYTHING], ids=" ".join)
+async def test_a_bare_event_id_continues_a_call_too(recorded_peer, peer):
+    recorder = recorded_peer(*peer)
+    tokens = []
+
+    async def keep(token):
+        tokens.append(token)
+
+    first = resumable_http(recorder.url)
+    async with first as streams, ClientSession(*streams) as session:
+        await session.initialize()
+        metadata = ClientMessageMetadata(on_resumption_token_update=keep)
+        await session.send_request(tool_request(peer, 2, 0.05), CallToolResult, metadata=metadata)
+        handle = first.handle
+    event_id, _ = read_token(tokens[0])
+    async with resumable_http(recorder.url, handle=handle) as streams, ClientSession(*streams) as session:
+        await session.initialize()
+        metadata = ClientMessageMetadata(resumption_token=event_id)
+        with anyio.fail_after(20):
+            result = await session.send_request(tool_request(peer, 2, 0.05), CallToolResult, metadata=metadata)
+    assert "done" in text_of(result) or "completed" in text_of(result)
+    assert recorder.methods().count("POST tools/call") == 1

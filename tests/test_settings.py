@@ -1,4 +1,4 @@
-"""The settings of servers, store and reaper: read through Celery's configuration, checked before anything is sent."""
+"""The settings of servers, store, reaper and journal: read through Celery, checked before anything is sent."""
 
 import ssl
 import traceback
@@ -9,8 +9,10 @@ from celery import Celery
 from mcp_celery.exceptions import ConfigurationError
 from mcp_celery.redis_store import get_store
 from mcp_celery.settings import (
+    JournalSettings,
     ReaperSettings,
     StoreSettings,
+    journal_settings,
     reaper_settings,
     server_name,
     server_settings,
@@ -396,3 +398,64 @@ def test_the_reaper_works_unless_told_otherwise():
 def test_the_interval_of_the_reaper_is_a_positive_number(value):
     with pytest.raises(ConfigurationError, match="mcp_reaper_interval_seconds"):
         reaper_settings(conf_of(mcp_reaper_interval_seconds=value))
+
+
+# The journal
+
+
+def test_a_task_keeps_no_journal_unless_told_to():
+    assert journal_settings(conf_of(), None, None) is None
+
+
+def test_a_durable_task_keeps_its_journal_over_retries_and_does_not_call_again():
+    settings = JournalSettings(keeps_over_retries=True, calls_again=False, max_result_bytes=8 * 1024 * 1024)
+    assert journal_settings(conf_of(mcp_durable=True), None, None) == settings
+    assert journal_settings(conf_of(), True, None) == settings
+
+
+def test_a_journal_may_be_for_redeliveries_only():
+    assert not journal_settings(conf_of(mcp_durable="redelivery"), None, None).keeps_over_retries
+
+
+def test_a_call_that_may_have_run_may_be_made_again():
+    assert journal_settings(conf_of(mcp_on_interrupted="call-again"), True, None).calls_again
+    assert journal_settings(conf_of(), True, "call-again").calls_again
+
+
+def test_the_options_of_a_task_come_before_the_settings():
+    conf = conf_of(mcp_durable=True, mcp_on_interrupted="call-again")
+    assert journal_settings(conf, False, None) is None
+    assert not journal_settings(conf, "redelivery", None).keeps_over_retries
+    assert not journal_settings(conf, None, "raise").calls_again
+
+
+def test_every_setting_of_a_journal_is_taken_from_a_namespace_too():
+    app = Celery(set_as_current=False)
+    settings = {
+        "CELERY_MCP_DURABLE": "redelivery",
+        "CELERY_MCP_ON_INTERRUPTED": "call-again",
+        "CELERY_MCP_JOURNAL_MAX_RESULT_BYTES": 1000,
+    }
+    app.config_from_object(settings, namespace="CELERY")
+    assert journal_settings(app.conf, None, None) == JournalSettings(
+        keeps_over_retries=False, calls_again=True, max_result_bytes=1000
+    )
+
+
+@pytest.mark.parametrize("value", ["yes", "retries", 0, 1, [], None], ids=repr)
+def test_durable_is_one_of_three(value):
+    with pytest.raises(ConfigurationError, match="mcp_durable is True, False or 'redelivery'"):
+        journal_settings(conf_of(mcp_durable=value), None, None)
+
+
+@pytest.mark.parametrize("value", ["call", True, None], ids=repr)
+def test_an_interrupted_call_is_an_error_or_made_again(value):
+    for conf in (conf_of(mcp_on_interrupted=value), conf_of(mcp_on_interrupted=value, mcp_durable=True)):
+        with pytest.raises(ConfigurationError, match="mcp_on_interrupted is 'raise' or 'call-again'"):
+            journal_settings(conf, None, None)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", None, True], ids=repr)
+def test_the_largest_result_is_a_number_of_bytes(value):
+    with pytest.raises(ConfigurationError, match="mcp_journal_max_result_bytes"):
+        journal_settings(conf_of(mcp_journal_max_result_bytes=value), True, None)

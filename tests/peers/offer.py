@@ -1,12 +1,15 @@
 """What the Python test servers offer: the same on both generations of the SDK, which this module runs on."""
 
+import json
+import os
 import secrets
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import anyio
 from mcp.server.streamable_http import EventCallback, EventMessage, EventStore
-from mcp.types import Completion, JSONRPCMessage
+from mcp.types import Completion, JSONRPCMessage, ToolAnnotations
 
 try:
     from mcp.server.mcpserver import Context
@@ -83,15 +86,28 @@ def _offer_work(server: Any) -> None:
     async def add(a: int, b: int) -> int:
         return a + b
 
+    async def work(steps: int, seconds: float, ctx: Context) -> str:
+        for step in range(1, steps + 1):
+            await anyio.sleep(seconds)
+            await ctx.report_progress(step, steps, f"step {step}")
+        return "done"
+
     @server.tool()
     async def slow(steps: int, seconds: float, ctx: Context) -> str:
         """Take *steps* steps of *seconds* each and report progress after each."""
         nonlocal executed
         executed += 1
-        for step in range(1, steps + 1):
-            await anyio.sleep(seconds)
-            await ctx.report_progress(step, steps, f"step {step}")
-        return "done"
+        return await work(steps, seconds, ctx)
+
+    @server.tool(annotations=ToolAnnotations.model_validate({"readOnlyHint": True}))
+    async def slow_look(steps: int, seconds: float, ctx: Context) -> str:
+        """The same, and it changes nothing."""
+        return await work(steps, seconds, ctx)
+
+    @server.tool(annotations=ToolAnnotations.model_validate({"idempotentHint": True}))
+    async def slow_put(steps: int, seconds: float, ctx: Context) -> str:
+        """The same, and it changes nothing the second time."""
+        return await work(steps, seconds, ctx)
 
     @server.tool()
     async def executions() -> int:
@@ -101,6 +117,35 @@ def _offer_work(server: Any) -> None:
     @server.tool()
     async def fail() -> str:
         raise ToolError("it failed")
+
+
+def offer_log(server: Any, path: Path) -> None:
+    """Register tools that must not run twice, and the log that tells whether they did.
+
+    The log is a line of JSON for the start and for the end of each execution; it goes on when the server is restarted.
+    """
+    sessions: dict[str | None, list[str]] = defaultdict(list)
+
+    def note(what: str, marker: str) -> None:
+        line = json.dumps({"what": what, "marker": marker, "server": os.getpid()})
+        with path.open("a") as log:
+            log.write(line + "\n")
+
+    @server.tool()
+    async def mark(marker: str, seconds: float, steps: int, ctx: Context) -> str:
+        """Take *seconds* in *steps* steps, reporting progress; return *marker*, which is to be given once."""
+        note("start", marker)
+        sessions[ctx.request_context.request.headers.get("mcp-session-id")].append(marker)
+        for step in range(1, steps + 1):
+            await anyio.sleep(seconds / steps)
+            await ctx.report_progress(step, steps, marker)
+        note("end", marker)
+        return marker
+
+    @server.tool(annotations=ToolAnnotations(readOnlyHint=True))
+    async def marks(ctx: Context) -> list[str]:
+        """The markers that this session was given, in order."""
+        return sessions[ctx.request_context.request.headers.get("mcp-session-id")]
 
 
 def _offer_texts(server: Any) -> None:

@@ -1,15 +1,19 @@
 """A test server on the Python SDK 2.x: `python_server.py PORT [options]`, on 127.0.0.1."""
 
 import argparse
+import hashlib
 import json
+import sys
+from pathlib import Path
 
 import mcp.server.runner
 import mcp.server.streamable_http_manager
 import uvicorn
 from mcp.server.mcpserver import MCPServer
+from mcp.server.streamable_http import EventStore
 from mcp.types import INVALID_REQUEST, UNSUPPORTED_PROTOCOL_VERSION
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, MODERN_PROTOCOL_VERSIONS
-from offer import Replay, offer
+from offer import Replay, offer, offer_log
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -60,11 +64,31 @@ class VersionGate:
         return JSONResponse({"jsonrpc": "2.0", "id": message.get("id"), "error": error}, status_code=400)
 
 
+def offer_list_of_sessions(server: MCPServer) -> None:
+    """`GET /sessions`: the sessions that are open now, as `SessionHandle.key` has them."""
+
+    @server.custom_route("/sessions", methods=["GET"])
+    async def sessions(_: Request) -> Response:
+        open_now = list(server.session_manager._server_instances)
+        return JSONResponse([hashlib.sha256(session_id.encode()).hexdigest()[:32] for session_id in open_now])
+
+
+def event_store(arguments: argparse.Namespace) -> EventStore | None:
+    if arguments.event_store_url:
+        sys.path.append(str(Path(__file__).parents[2]))
+        from examples.redis_event_store import RedisEventStore
+
+        return RedisEventStore(arguments.event_store_url)
+    return Replay() if arguments.event_store else None
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("port", type=int)
     parser.add_argument("--json", action="store_true", help="answer with JSON bodies, not event streams")
     parser.add_argument("--event-store", action="store_true", help="give events IDs and replay them")
+    parser.add_argument("--event-store-url", help="the same, with the events in this Redis")
+    parser.add_argument("--executions", type=Path, help="offer `mark` and `marks`, and log each execution there")
     parser.add_argument("--stateless", action="store_true", help="hand out no session IDs")
     parser.add_argument("--idle", type=float, default=1800, help="seconds until an idle session is dropped")
     era = parser.add_mutually_exclusive_group()
@@ -77,12 +101,18 @@ def main() -> None:
     arguments = parse_arguments()
     server = MCPServer("python", log_level="WARNING")
     offer(server)
+    if arguments.executions:
+        offer_log(server, arguments.executions)
+    offer_list_of_sessions(server)
+    events = event_store(arguments)
     app: ASGIApp = server.streamable_http_app(
         json_response=arguments.json,
         stateless_http=arguments.stateless,
-        event_store=Replay() if arguments.event_store else None,
+        event_store=events,
         session_idle_timeout=arguments.idle,
     )
+    if arguments.event_store_url:
+        app = events.around(app)
     if arguments.protocol_version:
         negotiate_at_most(arguments.protocol_version)
         app = VersionGate(app, mcp.server.runner.HANDSHAKE_PROTOCOL_VERSIONS)

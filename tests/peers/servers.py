@@ -77,8 +77,9 @@ def _python1_command(port: int) -> list[str | Path]:
 
 def _everything_command(_port: int) -> list[str | Path]:
     package = _NODE / "node_modules" / "@modelcontextprotocol" / "server-everything"
-    preload = (_NODE / "loopback.mjs").as_uri()
-    return [_node(), "--import", preload, package / "dist" / "index.js", "streamableHttp"]
+    preloads = [(_NODE / name).as_uri() for name in ("loopback.mjs", "executions.mjs")]
+    imports = [argument for preload in preloads for argument in ("--import", preload)]
+    return [_node(), *imports, package / "dist" / "index.js", "streamableHttp"]
 
 
 def _typescript_command(port: int) -> list[str | Path]:

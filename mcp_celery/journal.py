@@ -1,0 +1,325 @@
+"""The journal of a durable task: which calls it has made, and what came of them, kept outside of the worker.
+
+When the task runs again, after its worker was killed or as a retry, calls that have finished give the result that they
+gave, without a word to the server; the call that was under way is continued by its resumption token; from there on the
+task goes on live.
+
+A journal belongs to one execution at a time, by a lease that is renewed while the task runs. A second execution of the
+same task waits for it to lapse. Whoever has lost the lease can write no more.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import os
+import secrets
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import anyio
+
+from .exceptions import JournalError, JournalMismatchError, StoreError, SupersededError
+from .handle import SessionHandle
+from .store import JournalStore, process_name
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+#: A lease lasts so long, and is renewed three times meanwhile.
+LEASE_SECONDS = 15.0
+#: How long the store may be away before a durable task gives up.
+PATIENCE_SECONDS = 10.0
+#: How often a second execution looks whether the lease has lapsed.
+POLL_SECONDS = 0.5
+#: Longer results are compressed.
+COMPRESS_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One call of an execution.
+
+    Attributes:
+        number: From 0, in the order of the calls.
+        what: For people, such as "tool 'add'".
+        digest: A hash of server, method and arguments. Arguments themselves are not kept: they may hold secrets.
+        attempt: `request.retries` of the attempt that made the call.
+        token: Where the response can be continued; None where the server has said nothing yet.
+        result: What the server answered, JSON types; None while it is under way.
+        failure: Class name and arguments of the error that the call ended with; JSON types.
+        question: Kept free for what the server asks of the client while the call is under way.
+    """
+
+    number: int
+    what: str
+    digest: str
+    attempt: int
+    token: str | None = None
+    result: Mapping[str, Any] | None = None
+    failure: Mapping[str, Any] | None = None
+    question: Mapping[str, Any] | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the call has a result or an error."""
+        return self.result is not None or self.failure is not None
+
+
+def digest_of(server: str, method: str, params: Mapping[str, Any]) -> str:
+    """Return the hash by which a call is known again. Without `_meta`, where each attempt has tokens of its own."""
+    essential = {key: value for key, value in params.items() if key != "_meta"}
+    body = json.dumps([server, method, essential], sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(body.encode()).hexdigest()[:32]
+
+
+class Journal:
+    """The journal of one execution. Used on the event loop of the process; store operations run in a thread."""
+
+    def __init__(
+        self,
+        store: JournalStore,
+        task_id: str,
+        *,
+        attempt: int,
+        max_result_bytes: int,
+        keeps_over_retries: bool = True,
+        calls_again: bool = False,
+    ) -> None:
+        self._store = store
+        self._task_id = task_id
+        self._attempt = attempt
+        self._max_result_bytes = max_result_bytes
+        self._keeps_over_retries = keeps_over_retries
+        #: Whether a call that may have run is made again, whatever its tool says of itself.
+        self.calls_again = calls_again
+        self._owner = process_name(os.getpid()) + secrets.token_hex(8)
+        self._entries: dict[int, Entry] = {}
+        self._next = 0
+        self._renewal: asyncio.Task[None] | None = None
+        #: By number of the call: what notes its tokens, one after the other.
+        self._token_writes: dict[int, asyncio.Task[None]] = {}
+        #: Whether another execution has taken over: what this one does counts no more.
+        self.is_superseded = False
+        #: The sessions that earlier executions have opened, by server.
+        self.sessions: dict[str, SessionHandle] = {}
+        #: Whether the task has ended before: nothing is left to do.
+        self.is_done = False
+        #: Whether an earlier execution has left entries.
+        self.is_continued = False
+
+    # -- The lease
+
+    async def begin(self) -> None:
+        """Take the lease and read what earlier executions have left. Waits while another execution has it.
+
+        Raises:
+            StoreError: The store does not answer.
+        """
+        has_waited = False
+        while True:
+            claim = await self._patiently(lambda: self._store.claim_journal(self._task_id, self._owner, LEASE_SECONDS))
+            if claim.standing != "held":
+                break
+            if not has_waited:
+                logger.info("Task %s runs elsewhere, or its worker was killed: waiting for its lease", self._task_id)
+                has_waited = True
+            await anyio.sleep(POLL_SECONDS)
+        if claim.standing == "done":
+            self.is_done = True
+            return
+        self._read(claim.fields)
+        self._renewal = asyncio.create_task(self._renew(), name=f"mcp_celery lease of {self._task_id}")
+        if not self._keeps_over_retries and any(entry.attempt < self._attempt for entry in self._entries.values()):
+            await self._cut(0)
+
+    async def end(self, *, is_done: bool) -> None:
+        """Give the lease back; with *is_done* the task has ended, and what it did is forgotten."""
+        if self._renewal is not None:
+            self._renewal.cancel()
+            self._renewal = None
+        if self.is_superseded or self.is_done:
+            return
+        if not is_done and self._token_writes:
+            await asyncio.wait(self._token_writes.values())  # by them, the next attempt continues a call
+        try:
+            await self._in_thread(lambda: self._store.end_journal(self._task_id, self._owner, is_done=is_done))
+        except StoreError as exc:
+            logger.debug("A journal is left to its time to live: %s", exc)
+
+    async def _renew(self) -> None:
+        while True:
+            await anyio.sleep(LEASE_SECONDS / 3)
+            try:
+                if not await self._in_thread(self._write_now, {}):
+                    return
+            except (StoreError, JournalError) as exc:
+                logger.debug("A lease could not be renewed: %s", exc)
+
+    # -- Calls
+
+    @property
+    def knows_next(self) -> bool:
+        """Whether an earlier execution has noted the next call."""
+        return self._next in self._entries
+
+    async def enter(self, what: str, server: str, method: str, params: Mapping[str, Any]) -> tuple[Entry, bool]:
+        """Return the entry of the next call, and whether an earlier execution has made it.
+
+        Raises:
+            JournalMismatchError: The earlier execution made another call here.
+            SupersededError: Another execution has taken over.
+            StoreError: The store does not answer; the call was not made.
+        """
+        number, digest = self._next, digest_of(server, method, params)
+        entry = self._entries.get(number)
+        if entry is not None and entry.failure is not None and entry.attempt < self._attempt:
+            # A retry is there to do better where the attempt before it has failed.
+            await self._cut(number)
+            entry = None
+        if entry is not None:
+            if entry.digest != digest:
+                raise JournalMismatchError(
+                    f"Call {number + 1} of the task was {entry.what} when it ran before, and is {what} now"
+                    + (" with other arguments, or of another server" if entry.what == what else "")
+                    + ": a durable task has to make the same calls in the same order when it runs again",
+                    number + 1,
+                    entry.what,
+                    what,
+                )
+            self._next += 1
+            return entry, True
+        entry = Entry(number=number, what=what, digest=digest, attempt=self._attempt)
+        await self._write({f"call:{number}": json.dumps([what, digest, self._attempt])})
+        self._entries[number] = entry
+        self._next += 1
+        return entry, False
+
+    def token_of(self, entry: Entry) -> Callable[[str], Awaitable[None]]:
+        """Return what notes the resumption tokens of a call, off its path."""
+
+        async def note(token: str) -> None:
+            self._entries[entry.number] = replace(self._entries[entry.number], token=token)
+            if entry.number not in self._token_writes:
+                self._token_writes[entry.number] = asyncio.create_task(self._note_tokens(entry.number))
+
+        return note
+
+    async def _note_tokens(self, number: int) -> None:
+        """Write the last token of a call until there is no later one: of those that come meanwhile, only the last."""
+        written = None
+        try:
+            while (token := self._entries[number].token) != written and token is not None:
+                await self._in_thread(self._write_now, {f"token:{number}": token})
+                written = token
+        except (StoreError, JournalError) as exc:
+            logger.debug("A resumption token could not be kept: %s", exc)
+        finally:
+            del self._token_writes[number]
+
+    async def finish(self, entry: Entry, result: Mapping[str, Any], *, is_failure: bool = False) -> None:
+        """Keep what the server has answered.
+
+        Raises:
+            JournalError: It is too large to keep.
+            SupersededError: Another execution has taken over.
+            StoreError: The store does not answer.
+        """
+        kind = "failed" if is_failure else "result"
+        payload = self._packed({"kind": kind, "value": result}, entry.what)
+        await self._write({f"end:{entry.number}": payload})
+        entry = self._entries[entry.number]
+        ended = replace(entry, failure=result) if is_failure else replace(entry, result=result)
+        self._entries[entry.number] = ended
+
+    async def withdraw(self, entry: Entry) -> None:
+        """Forget a call that has not reached the server."""
+        await self._cut(entry.number)
+        self._next = entry.number
+
+    async def note_session(self, handle: SessionHandle) -> None:
+        """Keep the handle of a session that this execution has opened, for the next one."""
+        self.sessions[handle.server] = handle
+        await self._write({f"session:{handle.server}": handle.dumps()})
+
+    # -- Within
+
+    def _read(self, fields: Mapping[str, str]) -> None:
+        for name, text in fields.items():
+            kind, _, rest = name.partition(":")
+            if kind == "call":
+                what, digest, attempt = json.loads(text)
+                number = int(rest)
+                ended = _unpacked(fields[f"end:{number}"]) if f"end:{number}" in fields else {}
+                self._entries[number] = Entry(
+                    number=number,
+                    what=what,
+                    digest=digest,
+                    attempt=attempt,
+                    token=fields.get(f"token:{number}"),
+                    result=ended.get("value") if ended.get("kind") == "result" else None,
+                    failure=ended.get("value") if ended.get("kind") == "failed" else None,
+                )
+            elif kind == "session":
+                self.sessions[rest] = SessionHandle.load(text)
+        self.is_continued = bool(self._entries or self.sessions)
+
+    async def _cut(self, first: int) -> None:
+        """Forget the calls from number *first* on: they are made anew."""
+        gone = [number for number in self._entries if number >= first]
+        names = [f"{kind}:{number}" for number in gone for kind in ("call", "token", "end")]
+        if not await self._patiently(lambda: self._store.cut_journal(self._task_id, self._owner, names)):
+            raise self._superseded()
+        for number in gone:
+            del self._entries[number]
+
+    def _packed(self, value: Mapping[str, Any], what: str) -> str:
+        text = json.dumps(value, separators=(",", ":"))
+        if len(text) > COMPRESS_BYTES:
+            text = "z" + base64.b85encode(zlib.compress(text.encode())).decode()
+        if len(text) > self._max_result_bytes:
+            raise JournalError(
+                f"The result of {what} takes {len(text)} bytes in the journal, and {self._max_result_bytes} may be "
+                "kept (mcp_journal_max_result_bytes). The call has run. Have the tool return less, or a link to it"
+            )
+        return text
+
+    async def _write(self, fields: Mapping[str, str]) -> None:
+        if not await self._patiently(lambda: self._write_now(fields)):
+            raise self._superseded()
+
+    def _write_now(self, fields: Mapping[str, str]) -> bool:
+        is_mine = self._store.write_journal(self._task_id, self._owner, fields, LEASE_SECONDS)
+        self.is_superseded = self.is_superseded or not is_mine
+        return is_mine
+
+    def _superseded(self) -> SupersededError:
+        self.is_superseded = True
+        return SupersededError("Another execution of this task has taken over: this one was out of touch for too long")
+
+    async def _patiently(self, question: Callable[[], Any]) -> Any:
+        """Ask the store, for `PATIENCE_SECONDS` where it does not answer."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return await self._in_thread(question)
+            except StoreError:
+                if time.monotonic() > deadline:
+                    raise
+                await anyio.sleep(POLL_SECONDS)
+
+    @staticmethod
+    async def _in_thread(question: Callable[..., Any], *arguments: Any) -> Any:
+        return await anyio.to_thread.run_sync(question, *arguments)
+
+
+def _unpacked(text: str) -> dict[str, Any]:
+    if text.startswith("z"):
+        text = zlib.decompress(base64.b85decode(text[1:])).decode()
+    value: dict[str, Any] = json.loads(text)
+    return value
