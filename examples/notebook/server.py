@@ -5,6 +5,7 @@ import hashlib
 import json
 import operator
 import os
+import time
 from collections import deque
 from http import HTTPStatus
 
@@ -18,9 +19,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from examples.notebook.events import EventsInMemory
+from examples.redis_event_store import RedisEventStore
+
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 variables: dict[str, dict[str, float]] = {}  # of each open session
 deletes: deque[str] = deque(maxlen=1000)  # the session that each DELETE named, as a short hash
+log: deque[dict] = deque(maxlen=1000)  # what was asked for and what was run, in which session
 server = MCPServer("notebook", log_level="WARNING")  # at INFO the SDK logs raw session IDs
 
 
@@ -52,6 +57,7 @@ def evaluate(expression: str, ctx: Context) -> float:
 
 @server.tool()
 def assign(name: str, expression: str, ctx: Context) -> float:
+    note_run(ctx, "assign runs")
     names(ctx)[name] = value = evaluate(expression, ctx)
     return value
 
@@ -64,10 +70,13 @@ def list_variables(ctx: Context) -> dict[str, float]:
 @server.tool()
 async def simulate(name: str, expression: str, steps: int, seconds: float, ctx: Context) -> float:
     """Assign *expression* to *name* again and again, *steps* times in *seconds*, and report progress."""
-    for step in range(steps):
+    note_run(ctx, "simulate runs")
+    for step in range(1, steps + 1):
         await anyio.sleep(seconds / steps)
-        assign(name, expression, ctx)
-        await ctx.report_progress(step + 1, steps)
+        names(ctx)[name] = evaluate(expression, ctx)
+        note_run(ctx, f"simulate: step {step} of {steps}")
+        await ctx.report_progress(step, steps)
+    note_run(ctx, "simulate has run")
     return names(ctx)[name]
 
 
@@ -76,13 +85,28 @@ async def sessions(_: Request) -> JSONResponse:
     return JSONResponse({"open": [short_id(session_id) for session_id in variables], "deletes": list(deletes)})
 
 
+@server.custom_route("/log", methods=["GET"])
+async def show_log(_: Request) -> JSONResponse:
+    return JSONResponse(list(log))
+
+
 def short_id(session_id: str) -> str:
     return hashlib.sha256(session_id.encode()).hexdigest()[:8]
 
 
+def write_log(what: str, session_id: str) -> None:
+    entry = {"at": time.time(), "session": short_id(session_id) if session_id else "-", "what": what}
+    log.append(entry)
+    print(what, entry["session"], flush=True)
+
+
+def note_run(ctx: Context, what: str) -> None:
+    write_log(what, (ctx.headers or {}).get("mcp-session-id", ""))
+
+
 def note(method: str, rpc: str, status: int, session_id: str) -> None:
     """Log an answered request, and keep variables for just the sessions that the server has open."""
-    print(method, rpc, status, short_id(session_id) if session_id else "-", flush=True)
+    write_log(f"{method} {rpc} {status}", session_id)
     if method == "DELETE":
         deletes.append(short_id(session_id))
     if rpc == "initialize" and session_id not in variables:
@@ -117,5 +141,9 @@ def watched(app: ASGIApp) -> ASGIApp:
 
 if __name__ == "__main__":
     host, port = os.environ.get("NOTEBOOK_HOST", "127.0.0.1"), int(os.environ.get("NOTEBOOK_PORT", "8000"))
-    app = watched(server.streamable_http_app(host=host))
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
+    if redis_url := os.environ.get("REDIS_URL"):
+        events = RedisEventStore(redis_url)
+        app = events.around(server.streamable_http_app(host=host, event_store=events))
+    else:
+        app = server.streamable_http_app(host=host, event_store=EventsInMemory())
+    uvicorn.run(watched(app), host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
