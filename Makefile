@@ -6,16 +6,19 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test chaos lint bench clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 8
 
-demo: .venv/.demo ## One MCP session on two worker processes
+demo: .venv/.demo ## One MCP session on two workers, and a call that outlives its worker
 	@$(BIN)/python -m examples.demo
 
 test: .venv/.test ## Run the tests; `make test ARGS="-k retry"` passes arguments on
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+chaos: .venv/.test ## Kill workers at random; `make chaos ARGS="--seed 123"` does a run again
+	@$(BIN)/python tests/chaos/run.py $(ARGS)
 
 lint: .venv/.lint ## Check style, types and the layers of the package
 	@$(BIN)/ruff check --quiet
