@@ -10,30 +10,37 @@ import platform
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench import calls, chains, imports
+from bench import calls, chains, durable, imports
 from bench.processes import Log, accepts, free_port, running
 from bench.report import print_report, targets
+from bench.store import valkey
 from mcp_celery.portal import close_portal
 
 PACKAGES = ("mcp-celery-task", "mcp", "celery", "httpx2", "openai-agents", "uvicorn")
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    port = free_port()
-    url = os.environ["BENCH_MCP_URL"] = f"http://127.0.0.1:{port}/mcp"
-    with running(Log(folder / "server.log"), "bench.server", str(port), is_ready=lambda: accepts(port)):
+    with ExitStack() as stack:
+        url = os.environ["BENCH_MCP_URL"] = stack.enter_context(server(folder))
+        url_with_events = stack.enter_context(server(folder, "--event-store"))
+        redis_url = stack.enter_context(valkey(folder))
         handle = calls.open_session(url)
         say(f"Tool calls, {options.calls} each ...")
         called = calls.measure(url, handle, options.calls)
+        say(f"Durable calls, {options.calls} each ...")
+        urls = {durable.WITHOUT_EVENTS: url, durable.WITH_EVENTS: url_with_events}
+        journaled = durable.measure(urls, redis_url, options.calls)
         say(f"Imports, {options.imports} processes each ...")
         imported = imports.measure(options.imports)
         say(f"Chains, {options.chains} each ...")
-        with chains.workers(folder, os.environ) as app:
-            chained = chains.measure(app, url, handle.session_id, options.chains)
+        with chains.workers(folder, redis_url, os.environ) as app:
+            chained = chains.measure(app, url, redis_url, handle.session_id, options.chains)
         close_portal()
     return {
         "environment": {
@@ -43,10 +50,20 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             **{package: version(package) for package in PACKAGES},
         },
         "calls": called,
+        "durable": journaled,
         "imports": imported,
         "handle_bytes": len(handle.dumps()),
         "chain": chained,
     }
+
+
+@contextmanager
+def server(folder: Path, *options: str) -> Iterator[str]:
+    """Run an MCP server and give its URL."""
+    port = free_port()
+    log = Log(folder / f"server{''.join(options)}.log")
+    with running(log, "bench.server", str(port), *options, is_ready=lambda: accepts(port)):
+        yield f"http://127.0.0.1:{port}/mcp"
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from typing import Any
 
 from bench.calls import RAW, RAW_ASYNC, SDK, STEADY, STEP
 from bench.chains import STEPS
+from bench.durable import DURABLE
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -13,6 +14,7 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
     added = results["imports"][-1]["added_ms"]
     chain = results["chain"]
     raw_posts = STEPS * raw["median_ms"]
+    waited = max(row["round_trips"] - row["off_path"] for row in results["durable"] if row["name"] == DURABLE)
     checked = [
         at_most("a resumed call takes at most 1.5 x a raw POST", steady["median_ms"], raw["median_ms"]),
         at_most("... and at most 1.5 x one on an event loop", steady["median_ms"], raw_async["median_ms"]),
@@ -24,6 +26,8 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
         ("a handle takes less than 512 bytes", results["handle_bytes"], "bytes", results["handle_bytes"] < 512),
         at_most(f"the MCP part of a chain takes at most 1.5 x {STEPS} raw POSTs", chain["mcp_part_ms"], raw_posts),
         at_most("... and at most 1.5 x those made in the workers", chain["mcp_part_ms"], chain["raw_part_ms"]),
+        ("a durable call waits for the store at most twice", waited, "", waited <= 2),
+        ("a step in the middle asks the store once", chain["step_round_trips"], "", chain["step_round_trips"] == 1),
     ]
     return [{"target": text, "figure": figure, "unit": unit, "met": met} for text, figure, unit, met in checked]
 
@@ -54,6 +58,19 @@ def print_report(results: dict[str, Any]) -> None:
         ],
     )
     print_table(
+        ("one further call", "median", "x plain", "store round trips", "not waited for"),
+        [
+            (
+                f"{row['name']}, {row['server']}",
+                f"{row['median_ms']:.2f} ms",
+                f"{row['times_plain']:.2f}",
+                f"{row['round_trips']:.2f}",
+                f"{row['off_path']:.2f}",
+            )
+            for row in results["durable"]
+        ],
+    )
+    print_table(
         ("import", "median", "x celery", "more than celery"),
         [
             (
@@ -77,6 +94,19 @@ def print_report(results: dict[str, Any]) -> None:
                 f"{chain['mcp_part_ms']:.1f} ms",
                 f"{chain['mcp_part_ms'] / chain['raw_part_ms']:.2f}",
             ),
+            (
+                "with mcp_celery, durable",
+                f"{chain['durable_ms']:.1f} ms",
+                f"{chain['durable_part_ms']:.1f} ms",
+                f"{chain['durable_part_ms'] / chain['raw_part_ms']:.2f}",
+            ),
+        ],
+    )
+    print_table(
+        ("a step of one call, in the middle of a chain", "store round trips"),
+        [
+            ("with mcp_celery", f"{chain['step_round_trips']:.2f}"),
+            ("with mcp_celery, durable", f"{chain['durable_step_round_trips']:.2f}"),
         ],
     )
     print_table(

@@ -1,4 +1,7 @@
-"""An MCP server of the Python SDK over Streamable HTTP that counts what reaches it: `python -m bench.server PORT`."""
+"""An MCP server of the Python SDK over Streamable HTTP that counts what reaches it.
+
+`python -m bench.server PORT [--event-store]`
+"""
 
 import sys
 from collections import Counter
@@ -11,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from examples.notebook.events import EventsInMemory
 
 server = MCPServer("bench", log_level="WARNING")
 counts: Counter[str] = Counter()
@@ -42,7 +47,7 @@ class CountingApp:
     """
 
     def __init__(self) -> None:
-        self.app = server.streamable_http_app()
+        self.app = server.streamable_http_app(event_store=EventsInMemory() if "--event-store" in sys.argv else None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app

@@ -24,6 +24,11 @@ def mcp(self):
     return self.mcp.call_tool("add", ARGUMENTS).structured_content["result"]
 
 
+@app.task(name="bench.durable", base=MCPTask, bind=True, mcp_server="bench", mcp_durable=True, acks_late=True)
+def durable(self):
+    return self.mcp.call_tool("add", ARGUMENTS).structured_content["result"]
+
+
 @app.task(name="bench.raw")
 def raw(session_id):
     return raw_session(session_id).call()["structuredContent"]["result"]
