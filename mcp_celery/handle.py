@@ -17,14 +17,23 @@ VERSION = 1
 
 def short_hash(session_id: str) -> str:
     """Return the first 8 hex digits of the SHA-256 of *session_id*: the only form that may be shown."""
-    return hashlib.sha256(session_id.encode()).hexdigest()[:8]
+    return _hash(session_id)[:8]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def server_name(server: str) -> str:
     """Return what handles call *server*: the name itself, or the URL without the parts where secrets stand."""
-    scheme, separator, rest = server.partition("://")
+    return without_secrets(server)
+
+
+def without_secrets(uri: str) -> str:
+    """Return *uri* without user name, password, query and fragment; what is none, as it is."""
+    scheme, separator, rest = uri.partition("://")
     if not separator:
-        return server
+        return uri
     place = rest.partition("#")[0].partition("?")[0]
     authority, slash, path = place.partition("/")
     return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
@@ -32,7 +41,7 @@ def server_name(server: str) -> str:
 
 def _checksum(body: Mapping[str, Any]) -> str:
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    return _hash(canonical)[:8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +72,11 @@ class SessionHandle:
 
     @property
     def key(self) -> str:
-        """What a store calls the session: a hash of its ID, long enough to be unique."""
-        return hashlib.sha256((self.session_id or "").encode()).hexdigest()[:32]
+        """What a store calls the session: a hash of its ID, and one of its server, which may count from 1 like others.
+
+        Begins with `short_id`.
+        """
+        return _hash(self.session_id or "")[:24] + _hash(self.server)[:8]
 
     @property
     def protocol_version(self) -> str | None:

@@ -36,7 +36,7 @@ from .exceptions import (
     ToolError,
     TransportError,
 )
-from .handle import SessionHandle
+from .handle import SessionHandle, without_secrets
 from .http import Endpoint, new_client, split_credentials
 from .journal import Entry, Journal
 from .listings import ToolListings
@@ -527,7 +527,7 @@ class AsyncMCPSession:
                 return await client.read_resource(uri)
             return await client.session.send_request(request, types.ReadResourceResult, metadata=metadata)
 
-        return await self._put(Question(f"resource {uri!r}", request, types.ReadResourceResult, call))
+        return await self._put(Question(f"resource {without_secrets(uri)!r}", request, types.ReadResourceResult, call))
 
     async def list_prompts(self, *, cursor: str | None = None) -> types.ListPromptsResult:
         """List the prompts. `next_cursor` of the result continues."""

@@ -10,7 +10,7 @@ from kombu.serialization import dumps, loads
 
 from mcp_celery import SessionHandle
 from mcp_celery.exceptions import SessionHandleError
-from mcp_celery.handle import short_hash
+from mcp_celery.handle import short_hash, without_secrets
 
 SECRET = "3f2a9c7e-session-of-alice"  # noqa: S105 - looked for in what is shown
 NEGOTIATED = {
@@ -146,3 +146,23 @@ def test_a_part_of_the_wrong_type_is_refused_even_with_the_right_checksum(handle
 
     body = {key: value for key, value in handle.to_json().items() if key != "sum"} | wrong
     assert "wrong type" in error_of(SessionHandle.load, {**body, "sum": _checksum(body)})
+
+
+def test_two_servers_that_number_their_sessions_have_sessions_of_different_keys():
+    one, other = (SessionHandle(server, "1", {}) for server in ("one", "other"))
+    assert one.key != other.key
+    assert one.key.startswith(one.short_id)
+    assert one.key == SessionHandle("one", "1", {}, shared=True).key
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("note://hello", "note://hello"),
+        ("file:///a b/c.txt", "file:///a b/c.txt"),
+        ("db://me:t0p@host/table?token=s3cret#part", "db://host/table"),
+        ("urn:isbn:1", "urn:isbn:1"),
+    ],
+)
+def test_a_uri_is_shown_without_the_parts_where_secrets_stand(uri, shown):
+    assert without_secrets(uri) == shown

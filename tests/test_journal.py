@@ -688,6 +688,16 @@ async def test_other_arguments_are_another_path_and_not_shown(recorded_peer, run
     assert recorder.exchanges == []
 
 
+async def test_secrets_in_the_uri_of_a_resource_are_not_noted(recorded_peer, running, client):
+    recorder = recorded_peer(*PLAIN)
+    async with running(recorder.url) as session:
+        with pytest.raises(MCPError):
+            await session.read_resource("note://me:t0p-s3cret@other?token=an0ther-s3cret")
+    noted = client.hget(KEY, "call:0")
+    assert "resource 'note://other'" in noted
+    assert "s3cret" not in noted
+
+
 async def test_the_same_call_to_another_server_is_another_path(recorded_peer, running):
     recorder = recorded_peer(*PLAIN)
     async with running(recorder.url, server="one") as session:
