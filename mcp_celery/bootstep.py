@@ -28,12 +28,14 @@ from celery.worker.control import inspect_command
 from .exceptions import ConfigurationError, StoreError
 from .execution import is_mcp_task
 from .redis_store import PAUSE_SECONDS, get_store
-from .settings import ServerSettings, StoreSettings, reaper_settings, server_settings, store_settings
+from .settings import Conf, ServerSettings, StoreSettings, places, reaper_settings, server_settings, store_settings
 
 logger = logging.getLogger(__name__)
 
 #: The sessions of a running task are renewed at least so often.
 RENEWAL_SECONDS = 30.0
+#: However soon a server has to be pinged.
+LEAST_INTERVAL_SECONDS = 0.2
 #: The MCP tasks of a worker are announced so often.
 ANNOUNCEMENT_SECONDS = 300.0
 #: How long a reaper may take to end before it is killed, and the thread of the step to end.
@@ -58,10 +60,13 @@ class ReaperStep(StartStopStep):
         """Whether there is a store. A wrong setting is logged, and costs no more than this step."""
         try:
             reaper_settings(parent.app.conf)
-            return get_store(parent.app.conf) is not None
+            store = get_store(parent.app.conf)
+            if store is not None:
+                store.check()
         except ConfigurationError as exc:
             logger.error("MCP sessions are not looked after by this worker: %s", exc)  # noqa: TRY400 - it says all
             return False
+        return store is not None
 
     def create(self, parent: Any) -> "Watch":
         """Return what `start`, `stop` and `terminate` go to."""
@@ -86,13 +91,14 @@ class Watch:
         self._store = store
         self._name = f"{worker.hostname} {os.getpid()}"
         self._may_lead = settings.enabled
-        self._lease_seconds = 3 * settings.interval_seconds
+        self._interval_seconds = settings.interval_seconds
         self._renewal_seconds = min(lives.session_ttl_seconds / 3, RENEWAL_SECONDS)
-        self._pause_seconds = min(settings.interval_seconds, self._renewal_seconds)
         self._reaper = ReaperProcess(worker.app, lives)
         #: Between leading and giving that up.
         self._leading = threading.Lock()
         self._announced_at = -math.inf
+        #: The servers that this worker knows, by name, with their places.
+        self._servers: dict[str, str] = {}
         #: Task ID to when its sessions were renewed.
         self._renewed: dict[str, float] = {}
         self._has_store_failed = False
@@ -100,6 +106,14 @@ class Watch:
         self._reap_from = 0.0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def _pause_seconds(self) -> float:
+        return min(self._interval_seconds, self._renewal_seconds)
+
+    @property
+    def _lease_seconds(self) -> float:
+        return 3 * self._interval_seconds
 
     # -- In the worker's main thread
 
@@ -117,7 +131,7 @@ class Watch:
             self._may_lead = False
             self._reaper.stop()
             try:
-                self._store.resign(self._name)
+                self._store.resign(self._name, self._servers)
             except StoreError as exc:
                 logger.debug("The next worker leads in %g s: %s", self._lease_seconds, exc)
 
@@ -163,6 +177,9 @@ class Watch:
         if now - self._announced_at >= ANNOUNCEMENT_SECONDS:
             self._store.announce([name for name, task in list(self._worker.app.tasks.items()) if is_mcp_task(task)])
             self._announced_at = now
+            servers = known_servers(self._worker.app)
+            self._servers = places(servers)
+            self._interval_seconds = interval_seconds(self._worker.app.conf, servers)
 
     def _renew(self) -> None:
         """Renew the sessions of tasks that run: at once where they have just begun, else before it is too late."""
@@ -176,11 +193,13 @@ class Watch:
 
     def _lead(self) -> None:
         with self._leading:
-            if not self._may_lead:
+            if not self._may_lead or not self._servers:
                 return
-            if not self._store.lead(self._name, self._lease_seconds):
+            if not self._store.lead(self._name, self._lease_seconds, self._servers):
                 self._reaper.retire()
-            elif time.monotonic() >= self._reap_from and self._reaper.is_startable and self._store.has_due():
+            elif (
+                time.monotonic() >= self._reap_from and self._reaper.is_startable and self._store.has_due(self._servers)
+            ):
                 self._reaper.start()
 
 
@@ -262,10 +281,11 @@ class ReaperProcess:
 
     def _configuration(self) -> bytes:
         """Return what the reaper has to know, credentials among it."""
+        servers = known_servers(self._app)
         configuration = {
             "store": asdict(self._lives),
-            "servers": [asdict(server) for server in known_servers(self._app).values()],
-            "interval_seconds": reaper_settings(self._app.conf).interval_seconds,
+            "servers": [asdict(server) for server in servers.values()],
+            "interval_seconds": interval_seconds(self._app.conf, servers),
             "parent": os.getpid(),
             "level": logger.getEffectiveLevel(),
         }
@@ -314,6 +334,13 @@ def known_servers(app: Celery) -> dict[str, ServerSettings]:
         else:
             servers.setdefault(settings.name, settings)
     return servers
+
+
+def interval_seconds(conf: Conf, servers: Mapping[str, ServerSettings]) -> float:
+    """Return how often to look for what is due: often enough for the server that has to be pinged first."""
+    keepalive = [server.keepalive_seconds for server in servers.values() if server.keepalive_seconds]
+    soonest = max(min(keepalive, default=math.inf) / 2, LEAST_INTERVAL_SECONDS)
+    return min(reaper_settings(conf).interval_seconds, soonest)
 
 
 def running_tasks() -> dict[str, str]:

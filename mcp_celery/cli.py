@@ -33,7 +33,7 @@ from .exceptions import ConfigurationError, MCPCeleryError, StoreError, Transpor
 from .handle import SessionHandle, server_name
 from .history import History
 from .redis_store import HISTORY_LENGTH, get_store
-from .settings import ServerSettings, server_settings
+from .settings import ServerSettings, places, server_settings
 from .task import MCPTask
 
 if TYPE_CHECKING:
@@ -240,11 +240,11 @@ def reap(obj: Any, as_json: bool) -> None:
 
     from .reaper import Reaper, Swept  # noqa: PLC0415 - as above
 
-    store = _store(obj)
-    store.has_due()  # asked for the error: a sweep keeps it to itself
+    store, servers = _store(obj), _usable_servers(obj)
+    store.has_due(places(servers))  # asked for the error: a sweep keeps it to itself
 
     async def sweep() -> Swept:
-        reaper = Reaper(store, _usable_servers(obj))
+        reaper = Reaper(store, servers)
         try:
             return await reaper.sweep()
         finally:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 REFUSED = (TypeError, EncodeError)
 
 #: For how long a process remembers which MCP tasks other workers have.
-ANNOUNCED_SECONDS = 30.0
+KNOWN_SECONDS = 30.0
 #: How long Celery can hold a claim on a chord: two attempts to read results, or all attempts to publish.
 CLAIM_SECONDS = 60.0
 CLAIM_POLL_SECONDS = 0.5
@@ -86,21 +86,24 @@ def is_mcp_task(task: object) -> bool:
     return hasattr(task, "mcp_servers")
 
 
-#: When it was asked last, and what was said.
-_known: tuple[float, frozenset[str]] = (-math.inf, frozenset())
+#: By store: when it was asked last, and what was said.
+_known: dict[Store, tuple[float, frozenset[str]]] = {}
 
 
 def _announced(app: Any) -> frozenset[str]:
     """Return the names of the MCP tasks that other workers have, so far as a store knows them."""
-    global _known  # noqa: PLW0603 - one value for all threads, replaced as a whole
-    asked, names = _known
-    if time.monotonic() - asked > ANNOUNCED_SECONDS:
-        try:
-            store = get_store(app.conf)
-            names = frozenset() if store is None else store.announced()
-        except (ConfigurationError, StoreError) as exc:
-            logger.debug("%s", exc)
-        _known = (time.monotonic(), names)
+    names: frozenset[str] = frozenset()
+    try:
+        store = get_store(app.conf)
+        if store is None:
+            return names
+        asked, names = _known.get(store, (-math.inf, names))
+        if time.monotonic() - asked > KNOWN_SECONDS:
+            _known[store] = (time.monotonic(), names)  # also where it does not answer
+            names = store.announced()
+            _known[store] = (time.monotonic(), names)
+    except (ConfigurationError, StoreError) as exc:
+        logger.debug("%s", exc)
     return names
 
 
@@ -130,7 +133,7 @@ def hold_given(task: Any, brought: Carried, task_id: str, *, in_group: bool) -> 
         settling_seconds=GROUP_SECONDS if in_group else 0,
     )
     for handle in counted:
-        change(handle, replace(joining, keepalive_seconds=_keepalive_seconds(task, handle)))
+        change(handle, replace(joining, **_of_server(task, handle)))
     try:
         yield Carried(handles=[*brought.handles, *counted], holder=task_id, at=time.time())
     except BaseException:
@@ -291,8 +294,6 @@ class Execution:
             self._hold(handle)
         for handle in self._tentative:
             self._hold_if_alive(handle)
-        if self._request.is_eager and _shared_by_eager.get() is None:
-            _tell_of_eager()
 
     def begin_mapping(self) -> None:
         """Begin, for Celery's task that maps. Told by a signal, which lets nothing through: its items raise it."""
@@ -403,6 +404,8 @@ class Execution:
 
     def opened(self, handle: SessionHandle) -> None:
         """Record a session before its first call."""
+        if self._request.is_eager and _shared_by_eager.get() is None:
+            _warn_of_eager()
         self._hold(handle)
 
     def closed(self, handle: SessionHandle) -> None:
@@ -483,9 +486,10 @@ class Execution:
         """Pass all sessions on to the errbacks, or end them where there are none."""
         errbacks = self._canvas.errbacks_of(self._request)
         is_for_others = bool(errbacks) or self._journal is not None
-        if not isinstance(exc, Exception) and is_for_others and self._store() is not None:
-            # The process is being ended. Whether the task runs again, or its errbacks do, the worker's main process
-            # decides; it lets go of the sessions where neither does.
+        if not isinstance(exc, Exception) and (self._task.acks_late or (is_for_others and self._store() is not None)):
+            # The process is being ended, with its worker perhaps. Where the task runs again, or its errbacks do, is
+            # decided outside of it: by the worker's main process, which lets go of the sessions where neither does, or
+            # by who gets the message next.
             self._held.clear()
         else:
             self._end("failed", errbacks)
@@ -577,7 +581,7 @@ class Execution:
         shared = replace(handle, shared=True)
         if handle.session_id is not None and (bound := self._bind(shared, ahead.tasks, ahead.errbacks, kind)):
             self._shared.setdefault(handle.key, []).extend(bound.values())
-            change = Change(joining=bound, keepalive_seconds=self._keepalive(handle))
+            change = Change(joining=bound, **_of_server(self._task, handle))
             self._warn_if_uncounted(handle, self._change(handle, change))
 
     def _warn_if_uncounted(self, handle: SessionHandle, standing: Standing | None) -> None:
@@ -594,13 +598,13 @@ class Execution:
             create=not handle.shared,
             events=[event] if is_opened_here else [],
             opened_by={name: event[name] for name in ("task", "id", "worker")} if is_opened_here else None,
-            keepalive_seconds=self._keepalive(handle),
+            **_of_server(self._task, handle),
         )
         self._change(handle, change)
 
     def _hold_if_alive(self, handle: SessionHandle) -> None:
         """Join the holders of a session; where it has ended meanwhile, this execution has none of that server."""
-        joining = Change(joining={self._holder: self._task.name}, keepalive_seconds=self._keepalive(handle))
+        joining = Change(joining={self._holder: self._task.name}, **_of_server(self._task, handle))
         if self._change(handle, joining) in {Standing.ENDED, Standing.UNCOUNTED}:
             self._change(handle, Change(leaving=[self._holder]))
             self._given.pop(handle.server, None)
@@ -655,11 +659,13 @@ class Execution:
         if store is None:
             return None
         try:
-            return question(store)
+            answer = question(store)
         except StoreError as exc:
             logger.debug("%s", exc)
             _warn_of_store(str(exc))
             return None
+        _warn_of_store.cache_clear()
+        return answer
 
     def _change(self, handle: SessionHandle, change: Change) -> Standing | None:
         standing: Standing | None = None
@@ -673,9 +679,6 @@ class Execution:
             return None
         lost_at: float | None = self._ask_store(lambda store: store.lost_at(handle.key))
         return lost_at
-
-    def _keepalive(self, handle: SessionHandle) -> float:
-        return _keepalive_seconds(self._task, handle)
 
     # -- The history
 
@@ -709,7 +712,7 @@ class Execution:
             when_empty=when_empty,
             create=not handle.shared and handle.key not in self._recovered,
             events=[step],
-            keepalive_seconds=self._keepalive(handle),
+            **_of_server(self._task, handle),
         )
 
 
@@ -720,11 +723,13 @@ def _settings_of(task: Any, handle: SessionHandle) -> ServerSettings:
     return server_settings(task.app.conf, written)
 
 
-def _keepalive_seconds(task: Any, handle: SessionHandle) -> float:
+def _of_server(task: Any, handle: SessionHandle) -> dict[str, Any]:
+    """Return what a `Change` says of the server of *handle*."""
     try:
-        return _settings_of(task, handle).keepalive_seconds
+        settings = _settings_of(task, handle)
     except ConfigurationError:  # of a server that another worker knows
-        return 0.0
+        return {}
+    return {"keepalive_seconds": settings.keepalive_seconds, "place": settings.place}
 
 
 def _is_uncounted(standing: Standing | None) -> bool:
@@ -762,14 +767,17 @@ def _warn_of_uncounted(server: str) -> None:
 
 
 @cache
-def _tell_of_eager() -> None:
+def _warn_of_eager() -> None:
     """Once a process."""
-    logger.info("Eager tasks open and close sessions of their own; within mcp_celery.testing.eager_sessions they share")
+    logger.warning(
+        "An eager task opens and closes an MCP session of its own, also in a chain; within "
+        "mcp_celery.testing.eager_sessions(app) eager tasks share one"
+    )
 
 
 @cache
 def _warn_of_store(problem: str) -> None:
-    """Once a process and problem."""
+    """Once a process and problem, until the store has answered again."""
     logger.warning(
         "%s: tasks go on; sessions that cannot be counted are left to the reaper or to their servers", problem
     )

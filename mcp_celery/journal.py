@@ -153,12 +153,18 @@ class Journal:
             logger.debug("A journal is left to its time to live: %s", exc)
 
     async def _renew(self) -> None:
+        pause_seconds = LEASE_SECONDS / 3
         while True:
-            await anyio.sleep(LEASE_SECONDS / 3)
+            await anyio.sleep(pause_seconds)
             try:
                 if not await self._in_thread(self._write_now, {}):
                     return
-            except (StoreError, JournalError) as exc:
+                pause_seconds = LEASE_SECONDS / 3
+            except StoreError as exc:
+                # The lease may lapse while the store is asked for nothing: again, as soon as it may be asked.
+                pause_seconds = POLL_SECONDS
+                logger.debug("A lease could not be renewed: %s", exc)
+            except JournalError as exc:
                 logger.debug("A lease could not be renewed: %s", exc)
 
     # -- Calls

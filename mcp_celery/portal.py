@@ -4,6 +4,7 @@ Tasks are synchronous and MCP clients are not. Each process has one portal, keye
 process with a running loop has no such thread, so it gets a portal of its own. Nothing starts at import.
 """
 
+import _thread
 import atexit
 import logging
 import os
@@ -170,3 +171,8 @@ def in_loop_thread() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def is_green() -> bool:
+    """Whether gevent or eventlet has put its own in the place of threads: then all that runs shares one thread."""
+    return _thread.start_new_thread.__module__ != _thread.__name__

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,7 +31,7 @@ from mcp import MCPError
 from .exceptions import ConfigurationError, MCPCeleryError, SessionLostError, StoreError, TransportError
 from .redis_store import RedisStore
 from .session import AsyncMCPSession, Connections
-from .settings import ServerSettings, StoreSettings
+from .settings import ServerSettings, StoreSettings, places
 from .store import Parked, Store
 
 T = TypeVar("T")
@@ -90,12 +90,15 @@ class Reaper:
 
     Args:
         store: Where the sessions are.
-        servers: By their names in handles. Sessions of other servers are left alone.
+        servers: By their names in handles. Sessions of other servers, and those that were opened at another URL, are
+            left alone: another app may share the store.
     """
 
     def __init__(self, store: Store, servers: Mapping[str, ServerSettings]) -> None:
         self._store = store
-        self._servers = servers
+        # Without their standalone streams: there are servers that end a session when its stream goes away.
+        self._servers = {name: replace(settings, listen=False) for name, settings in servers.items()}
+        self._places = places(servers)
         self._connections = Connections()
         self._has_store_failed = False
         #: Set once nothing more is to be begun.
@@ -110,8 +113,8 @@ class Reaper:
         sweep = _Sweep()
         try:
             while not self.stopping.is_set():
-                expired = await _in_thread(self._store.take_expired, BATCH)
-                idle = await _in_thread(self._store.take_idle, BATCH)
+                expired = await _in_thread(self._store.take_expired, BATCH, self._places)
+                idle = await _in_thread(self._store.take_idle, BATCH, self._places)
                 if not expired and not idle:
                     break
                 async with anyio.create_task_group() as tasks:
@@ -163,10 +166,6 @@ class Reaper:
         async with sweep.slots:
             if self.stopping.is_set():
                 return
-            if server not in self._servers:
-                # Another app may share the store.
-                logger.debug("Session %s is left alone: server %r is not known", parked.handle.short_id, server)
-                return
             if sweep.unanswered[server] >= MAX_UNANSWERED:
                 sweep.fail(server, "it does not answer")
                 return
@@ -197,6 +196,9 @@ class Reaper:
         settings = self._servers.get(parked.handle.server)
         if settings is None:
             raise ConfigurationError(f"Server {parked.handle.server!r} is not configured")
+        if parked.place not in {"", settings.place}:
+            # Its ID, and the credentials that are configured here, are nothing for another server.
+            raise ConfigurationError(f"The session was opened at another URL than server {settings.name!r} has here")
         session = AsyncMCPSession(settings, self._connections, parked.handle)
         try:
             with anyio.fail_after(SESSION_SECONDS):

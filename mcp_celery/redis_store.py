@@ -3,7 +3,7 @@
 Every change is one script, so one atomic step and one round trip. All keys have the same hash tag, so a cluster keeps
 them in one slot; all have a time to live. Times are the server's own, so the clocks of workers do not matter.
 
-    {prefix}:session:<key>   hash    v, state, server, handle (JSON, as it travels in messages), times, opened_by
+    {prefix}:session:<key>   hash    v, state, server, place, handle (JSON, as it travels in messages), times, opened_by
     {prefix}:holders:<key>   hash    task ID to task name
     {prefix}:left:<key>      set     task IDs that have ended, and join no more
     {prefix}:events:<key>    list    JSON, the history
@@ -13,17 +13,22 @@ them in one slot; all have a time to live. Times are the server's own, so the cl
     {prefix}:ended           zset    key by the time of its end, while its history is kept
     {prefix}:journal:<task>  hash    owner, until (the lease), call:<n>, token:<n>, end:<n>, session:<server>, or done
     {prefix}:tasks           zset    names of MCP tasks by the time when a worker was last seen to have them
-    {prefix}:leader          string  the worker that leads
+    {prefix}:leader:<hash>   string  the worker that leads those that know the same servers
 """
 
+import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
-from .exceptions import JournalError, SessionHandleError, StoreError
+from kombu.utils.imports import symbol_by_name
+
+from .exceptions import ConfigurationError, JournalError, SessionHandleError, StoreError
 from .handle import SessionHandle
 from .settings import Conf, StoreSettings, store_settings
 from .store import Change, Claim, Parked, SessionRecord, Standing, Store
@@ -45,10 +50,14 @@ KEPT_SECONDS = 24 * 3600.0
 ANNOUNCED_SECONDS = 3600.0
 #: Entries of a history, of which the last are kept.
 HISTORY_LENGTH = 500
-#: Sessions that a command reads at once.
+#: Sessions that are read at once.
 PAGE = 200
+#: Due sessions of others that a sweep looks past.
+MAX_PASSED_OVER = 10_000
 
 VERSION = 1
+
+_UNKNOWN_OPTION = re.compile(r"unexpected keyword argument '(\w+)'")
 
 #: KEYS[1]: what all keys begin with, with the hash tag. ARGV[1]: arguments, as JSON.
 _PRELUDE = """
@@ -72,6 +81,22 @@ end
 local function note(s, events)
   for _, event in ipairs(events) do redis.call('RPUSH', key('events', s), event) end
   redis.call('LTRIM', key('events', s), -a.length, -1)
+  keep(key('events', s), a.kept)
+end
+
+-- Calls `take` with each session that is due in `zset` at one of `a.servers`, until it returns true.
+local function each_due(zset, take)
+  local passed_over = 0
+  while passed_over < a.passed_over do
+    local due = redis.call('ZRANGEBYSCORE', zset, '-inf', now, 'LIMIT', passed_over, a.page)
+    for _, s in ipairs(due) do
+      local found = redis.call('HMGET', key('session', s), 'server', 'place', 'state', 'handle')
+      local place = found[1] and a.servers[found[1]]
+      if found[1] and not (place and (not found[2] or found[2] == place)) then passed_over = passed_over + 1
+      elseif take(s, found[3], {s, found[4], found[2]}) then return end
+    end
+    if #due < a.page then return end
+  end
 end
 
 local function renew(s)
@@ -131,6 +156,7 @@ note(s, a.events)
 if a.settling > 0 then redis.call('HSET', record, 'settling_until', now + a.settling) end
 if a.when_empty == 'lost' then state = 'lost' end
 redis.call('HSET', record, 'handle', a.handle, 'state', state, 'used_at', now, 'keepalive', a.keepalive)
+if a.place ~= '' then redis.call('HSET', record, 'place', a.place) end
 renew(s)
 if redis.call('HLEN', holders) > 0 then
   if state == 'closing' then return 'ended' end
@@ -175,6 +201,14 @@ if redis.call('HGET', record, 'state') == 'open' then
 end
 """
 
+_HELD_BY = """
+local held = {}
+for i, s in ipairs(redis.call('SMEMBERS', key('task', a.task))) do
+  held[i] = {s, redis.call('HGET', key('session', s), 'handle'), false}
+end
+return held
+"""
+
 _ABANDON = """
 for _, id in ipairs(a.tasks) do
   for _, s in ipairs(redis.call('SMEMBERS', key('task', id))) do
@@ -211,9 +245,9 @@ return tasks
 """
 
 _LEAD = """
-local leader = redis.call('GET', key('leader'))
+local leader = redis.call('GET', key('leader', a.group))
 if leader and leader ~= a.worker then return 0 end
-redis.call('SET', key('leader'), a.worker, 'PX', math.ceil(a.seconds * 1000))
+redis.call('SET', key('leader', a.group), a.worker, 'PX', math.ceil(a.seconds * 1000))
 return 1
 """
 
@@ -223,39 +257,43 @@ redis.call('ZREMRANGEBYSCORE', key('tasks'), '-inf', now - a.announced)
 keep(key('tasks'), a.announced)
 """
 
-_RESIGN = "if redis.call('GET', key('leader')) == a.worker then redis.call('DEL', key('leader')) end"
+_RESIGN = """
+if redis.call('GET', key('leader', a.group)) == a.worker then redis.call('DEL', key('leader', a.group)) end
+"""
 
 _HAS_DUE = """
-local function due(zset) return #redis.call('ZRANGEBYSCORE', zset, '-inf', now, 'LIMIT', 0, 1) end
-return due(deadlines) + due(pings)
+local found = 0
+local function note_one() found = 1 return true end
+each_due(deadlines, note_one)
+each_due(pings, note_one)
+return found
 """
 
 _TAKE_EXPIRED = """
 local taken = {}
-for _, s in ipairs(redis.call('ZRANGEBYSCORE', deadlines, '-inf', now, 'LIMIT', 0, a.limit)) do
-  local record = key('session', s)
-  local state = redis.call('HGET', record, 'state')
+each_due(deadlines, function(s, state, session)
   if state == 'open' or state == 'closing' then
     redis.call('ZREM', pings, s)  -- first, as above
-    redis.call('HSET', record, 'state', 'closing')
+    redis.call('HSET', key('session', s), 'state', 'closing')
     schedule(deadlines, s, now + a.ending)
-    table.insert(taken, {s, redis.call('HGET', record, 'handle')})
+    table.insert(taken, session)
   elseif state == 'lost' then forget(s, 'lost')
   else unschedule(s) end
-end
+  return #taken >= a.limit
+end)
 return taken
 """
 
 _TAKE_IDLE = """
 local taken = {}
-for _, s in ipairs(redis.call('ZRANGEBYSCORE', pings, '-inf', now, 'LIMIT', 0, a.limit)) do
-  local record = key('session', s)
+each_due(pings, function(s, state, session)
   local deadline = tonumber(redis.call('ZSCORE', deadlines, s) or 0)
-  if redis.call('HGET', record, 'state') == 'open' and deadline > now then
-    schedule(pings, s, now + tonumber(redis.call('HGET', record, 'keepalive')))
-    table.insert(taken, {s, redis.call('HGET', record, 'handle')})
+  if state == 'open' and deadline > now then
+    schedule(pings, s, now + tonumber(redis.call('HGET', key('session', s), 'keepalive')))
+    table.insert(taken, session)
   else redis.call('ZREM', pings, s) end
-end
+  return #taken >= a.limit
+end)
 return taken
 """
 
@@ -267,7 +305,7 @@ if state ~= 'open' and state ~= 'closing' then return {} end
 redis.call('ZREM', pings, a.session)  -- first, as above
 redis.call('HSET', record, 'state', 'closing')
 schedule(deadlines, a.session, now + a.ending)
-return {a.session, redis.call('HGET', record, 'handle')}
+return {a.session, redis.call('HGET', record, 'handle'), redis.call('HGET', record, 'place')}
 """
 _CLAIM_JOURNAL = """
 local journal = key('journal', a.task)
@@ -346,6 +384,10 @@ class RedisStore:
     def __repr__(self) -> str:
         return f"<RedisStore {self._settings.prefix}>"
 
+    def check(self) -> None:
+        """See `Store.check`."""
+        self._client()
+
     # -- For tasks
 
     def change(self, handle: SessionHandle, change: Change) -> Standing:
@@ -364,6 +406,7 @@ class RedisStore:
             events=[json.dumps(event) for event in change.events],
             opened_by=json.dumps(change.opened_by or {}),
             keepalive=change.keepalive_seconds,
+            place=change.place,
             settling=change.settling_seconds,
         )
         return Standing(answer)
@@ -381,9 +424,7 @@ class RedisStore:
 
     def held_by(self, task_id: str) -> list[SessionHandle]:
         """See `Store.held_by`."""
-        keys = self._ask(lambda client: client.smembers(self._key("task", task_id)))
-        handles = [self._ask(lambda client: client.hget(self._key("session", key), "handle")) for key in keys]  # noqa: B023
-        return [parked.handle for parked in self._parked(list(zip(keys, handles, strict=True)))]
+        return [parked.handle for parked in self._parked(self._run(_HELD_BY, task=task_id))]
 
     def abandon(self, task_ids: Sequence[str]) -> None:
         """See `Store.abandon`."""
@@ -405,27 +446,27 @@ class RedisStore:
         """See `Store.announced`."""
         return frozenset(self._ask(lambda client: client.zrange(self._key("tasks"), 0, -1)))
 
-    def lead(self, worker: str, seconds: float) -> bool:
+    def lead(self, worker: str, seconds: float, servers: Mapping[str, str]) -> bool:
         """See `Store.lead`."""
-        return bool(self._run(_LEAD, worker=worker, seconds=seconds))
+        return bool(self._run(_LEAD, worker=worker, seconds=seconds, group=_group(servers)))
 
-    def resign(self, worker: str) -> None:
+    def resign(self, worker: str, servers: Mapping[str, str]) -> None:
         """See `Store.resign`."""
-        self._run(_RESIGN, worker=worker)
+        self._run(_RESIGN, worker=worker, group=_group(servers))
 
-    def has_due(self) -> bool:
+    def has_due(self, servers: Mapping[str, str]) -> bool:
         """See `Store.has_due`."""
-        return bool(self._run(_HAS_DUE))
+        return bool(self._run_over(_HAS_DUE, servers))
 
     # -- For the reaper
 
-    def take_expired(self, limit: int) -> list[Parked]:
+    def take_expired(self, limit: int, servers: Mapping[str, str]) -> list[Parked]:
         """See `Store.take_expired`."""
-        return self._parked(self._run(_TAKE_EXPIRED, limit=limit))
+        return self._parked(self._run_over(_TAKE_EXPIRED, servers, limit=limit))
 
-    def take_idle(self, limit: int) -> list[Parked]:
+    def take_idle(self, limit: int, servers: Mapping[str, str]) -> list[Parked]:
         """See `Store.take_idle`."""
-        return self._parked(self._run(_TAKE_IDLE, limit=limit))
+        return self._parked(self._run_over(_TAKE_IDLE, servers, limit=limit))
 
     def note_lost(self, key: str) -> None:
         """See `Store.note_lost`."""
@@ -505,10 +546,14 @@ class RedisStore:
     @staticmethod
     def _parked(found: Sequence[Sequence[str]]) -> list[Parked]:
         parked = []
-        for key, handle in filter(all, found):
+        for key, handle, place in found:
             with suppress(SessionHandleError):  # of another version of this package, which will take it as well
-                parked.append(Parked(key, SessionHandle.load(handle)))
+                if handle:
+                    parked.append(Parked(key, SessionHandle.load(handle), place or ""))
         return parked
+
+    def _run_over(self, script: str, servers: Mapping[str, str], **arguments: Any) -> Any:
+        return self._run(script, servers=servers, page=PAGE, passed_over=MAX_PASSED_OVER, **arguments)
 
     def _run(self, script: str, *more: str, **arguments: Any) -> Any:
         lives = self._settings
@@ -533,7 +578,7 @@ class RedisStore:
         try:
             return question(self._client())
         except (RedisError, OSError, TypeError, ValueError) as exc:
-            # TypeError and ValueError: an option of the URL that redis-py does not know.
+            # TypeError and ValueError: an option that redis-py looks at when it connects.
             self._failure = f"The store did not answer ({type(exc).__name__})"
             self._paused_until = time.monotonic() + PAUSE_SECONDS
             # The text of a ValueError may quote a part of the URL.
@@ -543,8 +588,23 @@ class RedisStore:
         """Return this process's client: connections may not be shared with a forked child."""
         client = self._clients.get(os.getpid())
         if client is None:
-            client = self._clients[os.getpid()] = connect(self._settings)
+            try:
+                client = connect(self._settings)
+                client.connection_pool.make_connection()  # which takes the options, and connects at its first use
+            except Exception as exc:  # noqa: BLE001 - a credential provider may raise anything
+                # Of what may be wrong only this is said: its text may quote a part of the URL.
+                option = _UNKNOWN_OPTION.search(str(exc)) if isinstance(exc, TypeError) else None
+                what = f"has an unknown option {option[1]!r}" if option else f"cannot be used ({type(exc).__name__})"
+                raise ConfigurationError(
+                    f"The store of MCP sessions {what}: see mcp_store_url and mcp_store_options"
+                ) from None
+            self._clients[os.getpid()] = client
         return client
+
+
+def _group(servers: Mapping[str, str]) -> str:
+    """Return what those have in common that know the same *servers*."""
+    return hashlib.sha256(json.dumps(sorted(servers.items())).encode()).hexdigest()[:8]
 
 
 def _is_kept(answer: int) -> bool:
@@ -561,6 +621,7 @@ def connect(settings: StoreSettings) -> "Redis":
     from redis.retry import Retry  # noqa: PLC0415
     from redis.sentinel import Sentinel  # noqa: PLC0415
 
+    url, provider = _without_provider(settings.url)
     options = {
         "socket_timeout": TIMEOUT_SECONDS,
         "socket_connect_timeout": TIMEOUT_SECONDS,
@@ -569,12 +630,17 @@ def connect(settings: StoreSettings) -> "Redis":
         "decode_responses": True,
         **settings.options,
     }
-    if not settings.url.startswith("sentinel:"):
+    provider = provider or options.pop("credential_provider", None)
+    if provider is not None:
+        # By its name, as Celery takes it.
+        is_name = isinstance(provider, str)
+        options["credential_provider"] = symbol_by_name(provider)() if is_name else provider  # type: ignore[no-untyped-call]
+    if not url.startswith("sentinel:"):
         # redis-py goes by the scheme alone.
-        is_tls = options.pop("ssl", False) and settings.url.startswith("redis:")
-        return Redis.from_url(f"rediss{settings.url.removeprefix('redis')}" if is_tls else settings.url, **options)
+        is_tls = options.pop("ssl", False) and url.startswith("redis:")
+        return Redis.from_url(f"rediss{url.removeprefix('redis')}" if is_tls else url, **options)
 
-    urls = ["redis" + url.removeprefix("sentinel") for url in settings.url.split(";")]
+    urls = ["redis" + part.removeprefix("sentinel") for part in url.split(";")]
     sentinels: list[dict[str, Any]] = [parse_url(url) for url in urls]  # type: ignore[no-untyped-call]
     addresses = [(sentinel.get("host", "localhost"), sentinel.get("port", 26379)) for sentinel in sentinels]
     options |= {name: sentinels[0][name] for name in ("db", "username", "password") if name in sentinels[0]}
@@ -587,6 +653,14 @@ def connect(settings: StoreSettings) -> "Redis":
     client: Redis = sentinel.master_for(master, **{**options, **once})  # type: ignore[no-untyped-call]
     return client
 
+
+def _without_provider(url: str) -> tuple[str, str | None]:
+    """Return *url* without its option `credential_provider`, and that."""
+    found = _PROVIDER.search(url)
+    return (url, None) if found is None else (_PROVIDER.sub(r"\1", url).rstrip("?&"), unquote(found[2]))
+
+
+_PROVIDER = re.compile(r"([?&])credential_provider=([^&;]*)&?")
 
 _FIELDS = ("server", "state", "opened_at", "opened_by", "used_at", "ended_at")
 

@@ -3,6 +3,7 @@
 Reads, checks, and never sends. A wrong option is refused before anything goes to a server.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from .exceptions import ConfigurationError
-from .handle import server_name
+from .handle import server_name, without_secrets
 
 #: What MCP hosts call Streamable HTTP in `type` (or `transport`).
 _HTTP_TYPES = {"http", "streamable-http", "streamable_http", "streamableHttp"}
@@ -52,6 +53,16 @@ class ServerSettings:
     ca_file: str | None = None
     #: Open the server's standalone stream while a task runs.
     listen: bool = False
+
+    @property
+    def place(self) -> str:
+        """A hash of the URL without credentials: what the store tells servers of one name apart by."""
+        return hashlib.sha256(without_secrets(self.url).encode()).hexdigest()[:8]
+
+
+def places(servers: Mapping[str, ServerSettings]) -> dict[str, str]:
+    """Return the places of *servers* by name, which say to the store whose sessions are meant."""
+    return {name: settings.place for name, settings in servers.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +164,11 @@ def store_settings(conf: Conf) -> StoreSettings | None:
     ):
         url = _redis_url(written)
         if url is not None:
-            return replace(lives, url=url, options=_redis_options(url, conf.get(use_ssl), conf.get(transport)))
+            options = _redis_options(url, conf.get(use_ssl), conf.get(transport))
+            provider = conf.get("redis_backend_credential_provider") if written == conf.result_backend else None
+            if provider is not None:
+                options["credential_provider"] = provider
+            return replace(lives, url=url, options=options)
     return None
 
 

@@ -58,22 +58,25 @@ class Change:
     opened_by: Mapping[str, Any] | None = None
     #: Seconds without use after which the reaper pings the session; 0 for never.
     keepalive_seconds: float = 0
+    #: `ServerSettings.place` of the server, as the caller has it; empty where it does not.
+    place: str = ""
     #: More holders may join within so many seconds, though nobody should be there meanwhile.
     settling_seconds: float = 0
 
 
 class Parked(NamedTuple):
-    """A session that the reaper has taken on."""
+    """A session that the reaper has taken on. *place* is where it was used last; empty where that is not known."""
 
     key: str
     handle: SessionHandle
+    place: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SessionRecord:
     """What the store knows of a session. Holds no secret. Times are seconds since the epoch, by the store's clock."""
 
-    #: The first 32 hex digits of the SHA-256 of the session ID.
+    #: `SessionHandle.key`.
     key: str
     server: str
     #: "open", "closing", "closed", "detached" or "lost".
@@ -151,11 +154,20 @@ class Store(JournalStore, Protocol):
     """Counts the holders of sessions, and keeps the journals of durable tasks.
 
     Each method that changes something is one atomic step.
-    A session goes by `SessionHandle.key`, a hash of its ID.
+    A session goes by `SessionHandle.key`, a hash of its ID. Where *servers* are asked for (name to place), sessions of
+    others are passed over, and so are those that were used at another place.
 
     Raises (each method):
         StoreError: The store did not answer.
     """
+
+    def check(self) -> None:
+        """Look at the settings; nothing is sent.
+
+        Raises:
+            ConfigurationError: With these, no store can be reached.
+        """
+        ...
 
     # -- For tasks
 
@@ -193,26 +205,26 @@ class Store(JournalStore, Protocol):
         """Return the names of all MCP tasks that some worker has."""
         ...
 
-    def lead(self, worker: str, seconds: float) -> bool:
-        """Return whether *worker* leads for the next *seconds*: it did, or nobody does."""
+    def lead(self, worker: str, seconds: float, servers: Mapping[str, str]) -> bool:
+        """Return whether *worker* leads those that know *servers*, for the next *seconds*: it did, or nobody does."""
         ...
 
-    def resign(self, worker: str) -> None:
+    def resign(self, worker: str, servers: Mapping[str, str]) -> None:
         """Have *worker* lead no more."""
         ...
 
-    def has_due(self) -> bool:
-        """Return whether a session is past its deadline or is to be pinged."""
+    def has_due(self, servers: Mapping[str, str]) -> bool:
+        """Return whether a session of *servers* is past its deadline or is to be pinged."""
         ...
 
     # -- For the reaper
 
-    def take_expired(self, limit: int) -> list[Parked]:
-        """Return sessions past their deadline, for the caller to end; not again within a minute."""
+    def take_expired(self, limit: int, servers: Mapping[str, str]) -> list[Parked]:
+        """Return sessions of *servers* past their deadline, for the caller to end; not again within a minute."""
         ...
 
-    def take_idle(self, limit: int) -> list[Parked]:
-        """Return held sessions that were idle for the time of their server, for the caller to ping; once."""
+    def take_idle(self, limit: int, servers: Mapping[str, str]) -> list[Parked]:
+        """Return held sessions of *servers* that were idle for their time, for the caller to ping; once."""
         ...
 
     def note_lost(self, key: str) -> None:

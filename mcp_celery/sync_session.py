@@ -5,8 +5,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from .exceptions import SessionError
-from .portal import Caller, Portal, get_portal, in_loop_thread
+from .exceptions import ConfigurationError, SessionError
+from .portal import Caller, Portal, get_portal, in_loop_thread, is_green
 
 if TYPE_CHECKING:
     import mcp_types as types
@@ -254,5 +254,7 @@ class MCPSession:
 
     def _call(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
         if in_loop_thread():
+            if is_green():
+                raise ConfigurationError("MCP tasks need threads: use the worker pool prefork, threads or solo")
             raise SessionError("self.mcp waits for the event loop, so it cannot be used in a coroutine")
         return self._portal.call(function, caller)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from celery import Task, current_task, uuid
 from celery.exceptions import Ignore, Reject, Retry, TaskPredicate
 
-from . import signals  # noqa: F401 - connects to Celery's
+from . import results, signals  # noqa: F401 - they hook into Celery
 from .exceptions import ConfigurationError, SessionHandleError, SupersededError
 from .execution import REFUSED, Execution, brought_by, canvas_of, execution_of, hold_given, never_published
 from .handle import SessionHandle, server_name
@@ -102,7 +102,8 @@ class MCPTask(Task):
     def _execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         brought = brought_by(self.request)
         self._check_servers(brought.given)
-        get_store(self.app.conf)  # a mistake in its settings shows before anything is sent
+        if (store := get_store(self.app.conf)) is not None:
+            store.check()  # a mistake in its settings shows before anything is sent
         execution = self.request.mcp_execution = Execution(self, self.request, brought, canvas_of(self.app))
         try:
             try:
@@ -155,7 +156,9 @@ class MCPTask(Task):
 
     # -- On the way to a worker
 
-    def apply_async(self, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Any:
+    def apply_async(
+        self, args: Any = None, kwargs: Any = None, task_id: str | None = None, *rest: Any, **options: Any
+    ) -> Any:
         """Publish the task, as Celery does. A handle in `mcp_session` is checked, and shown only as a hash.
 
         Raises:
@@ -163,15 +166,15 @@ class MCPTask(Task):
         """
         value = (kwargs or {}).get(KEY)
         if value is None:
-            return super().apply_async(args, kwargs, *rest, **options)
+            return super().apply_async(args, kwargs, task_id, *rest, **options)
         brought = read(value)
         self._check_servers(brought.given)
-        task_id = options["task_id"] = options.get("task_id") or uuid()
+        task_id = task_id or uuid()
         with hold_given(self, brought, task_id, in_group=bool(options.get("group_id"))) as carried:
             kwargs = {**kwargs, KEY: carried.to_json()}
             options["kwargsrepr"] = shown(kwargs)
             try:
-                return super().apply_async(args, kwargs, *rest, **options)
+                return super().apply_async(args, kwargs, task_id, *rest, **options)
             except REFUSED:
                 if brought.holder is not None:
                     never_published(self, brought.holder, options)

@@ -64,7 +64,9 @@ class MCPRequest(Request):
         if not soft:
             bind_errbacks(self.task, self._context)
         super().on_timeout(soft, timeout)
-        is_requeued = self.task.acks_late and not self.task.acks_on_timeout
+        # Celery 5.6 has one option for both.
+        acks = getattr(self.task, "acks_on_timeout", None)
+        is_requeued = self.task.acks_late and not (self.task.acks_on_failure_or_timeout if acks is None else acks)
         if not soft and not is_requeued:
             never_runs(self.task, self._context)
 

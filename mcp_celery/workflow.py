@@ -126,6 +126,15 @@ def redacted(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+def without_handles(value: Any) -> Any:
+    """Return *value*, arguments of a task, with all handles in it, of signatures too, as they may be shown."""
+    if isinstance(value, Mapping):
+        return {key: shown_handles(item) if key == KEY else without_handles(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_handles(item) for item in value]
+    return value
+
+
 @dataclass
 class Ahead:
     """The signatures that a session goes on to."""

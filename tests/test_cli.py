@@ -275,7 +275,7 @@ def test_what_to_close_has_to_be_said_in_one_way(console):
 def test_a_sweep_ends_what_is_past_its_deadline_and_tells_the_counts(console, peer):
     console.app.conf.mcp_session_ttl_seconds = 0.01
     handle = console.open_session()
-    wait_until(console.store.has_due)
+    wait_until(lambda: console.store.has_due({"peer": ""}))
     assert console.run("reap").stdout == "closed 1, pinged 0, lost 0, failed 0\n"
     assert not is_alive(handle, peer.url)
     assert console.json("reap") == {"closed": 0, "pinged": 0, "lost": 0, "failed": 0}

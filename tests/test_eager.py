@@ -99,7 +99,6 @@ def test_a_detached_session_is_the_users_and_the_next_task_opens_another(app, re
 
 def test_outside_of_the_block_each_task_has_a_session_of_its_own_and_says_so_once(app, recorder, caplog):
     t = app.tasks
-    caplog.set_level("INFO", logger="mcp_celery.execution")
     t["remember"].apply((1,))
     with pytest.raises(Exception, match="x"):
         t["recall"].apply().get()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import anyio
 import psutil
@@ -22,12 +22,16 @@ from mcp_celery.exceptions import SessionLostError
 from mcp_celery.handle import SessionHandle
 from mcp_celery.reaper import Reaper, Swept
 from mcp_celery.redis_store import RedisStore
-from mcp_celery.settings import ServerSettings, StoreSettings
+from mcp_celery.settings import ServerSettings, StoreSettings, places
 from mcp_celery.store import Change
 
 pytestmark = pytest.mark.anyio
 
 NEGOTIATED = {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "sink", "version": "1"}}
+
+
+#: The servers of the tests, wherever they are.
+ANYWHERE = dict.fromkeys(("server", "sink", "away", "silent"), "")
 
 
 class ParkingStore(RedisStore):
@@ -37,13 +41,14 @@ class ParkingStore(RedisStore):
         super().__init__(StoreSettings(url=url))
         self._expiring = RedisStore(StoreSettings(url=url, session_ttl_seconds=0.001))
 
-    def park(self, *handles, keepalive_seconds=0.0):
+    def park(self, *handles, keepalive_seconds=0.0, place=""):
         """Store sessions that are past their deadline, or that are idle, when this returns."""
         store = self if keepalive_seconds else self._expiring
-        held = Change(joining={"id": "task"}, create=True, keepalive_seconds=keepalive_seconds)
+        held = Change(joining={"id": "task"}, create=True, keepalive_seconds=keepalive_seconds, place=place)
         for handle in handles:
             store.change(handle, held)
-        wait_until(store.has_due, what="a session to be due")
+        servers = {handle.server: place for handle in handles}
+        wait_until(lambda: store.has_due(servers), what="a session to be due")
 
 
 @pytest.fixture
@@ -220,7 +225,7 @@ async def test_an_idle_session_is_pinged_again_and_again(recorded_peer, opened, 
     recorder.clear()
     reaper = new_reaper(server(recorder.url))
     assert await reaper.sweep() == Swept(pinged=1)
-    wait_until(store.has_due)
+    wait_until(lambda: store.has_due(ANYWHERE))
     assert await reaper.sweep() == Swept(pinged=1)
     assert recorder.methods() == ["POST ping", "POST ping"]
     assert {exchange.session_id for exchange in recorder.exchanges} == {idle.session_id}
@@ -236,7 +241,7 @@ async def test_a_ping_that_finds_the_session_gone_records_it(recorded_peer, open
     assert store.lost_at(gone.key) is not None
     assert store.history(gone.key)[-1]["what"] == "lost"
     assert store.find(gone.key)[0].state == "lost"
-    assert not store.has_due()
+    assert not store.has_due(ANYWHERE)
 
 
 async def test_a_server_that_knows_no_ping_has_given_a_sign_of_life_all_the_same(sink, store, new_reaper):
@@ -253,7 +258,7 @@ async def test_a_server_that_is_away_holds_up_no_other(recorded_peer, opened, st
     away = server(f"http://127.0.0.1:{free_port()}/mcp", "away")
     store.park(*(handle(number, "away") for number in range(150)), await opened(recorder.url))
     assert await new_reaper(away, server(recorder.url)).sweep() == Swept(closed=1, failed=150)
-    assert not store.has_due(), "they are given out again in a minute"
+    assert not store.has_due(ANYWHERE), "they are given out again in a minute"
     assert {(record.server, record.state) for record in store.sessions()} == {("away", "closing")}
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "150 sessions of server 'away'" in record.getMessage()
@@ -278,7 +283,7 @@ async def test_a_server_that_refuses_is_asked_for_each_of_its_sessions(
     assert await new_reaper(server(recorder.url)).sweep() == Swept(closed=1, failed=4)
     assert recorder.methods() == ["DELETE"] * 5
     assert "4 sessions of server 'server'" in caplog.text
-    assert not store.has_due()
+    assert not store.has_due(ANYWHERE)
 
 
 async def test_a_ping_that_fails_is_no_loss(recorded_peer, opened, store, new_reaper):
@@ -289,8 +294,43 @@ async def test_a_ping_that_fails_is_no_loss(recorded_peer, opened, store, new_re
     reaper = new_reaper(server(recorder.url))
     assert await reaper.sweep() == Swept(failed=1)
     assert store.lost_at(idle.key) is None
-    wait_until(store.has_due)
+    wait_until(lambda: store.has_due(ANYWHERE))
     assert await reaper.sweep() == Swept(pinged=1)
+
+
+async def test_a_session_that_was_used_at_another_url_is_left_alone(sink, recorded_peer, store, new_reaper, caplog):
+    """Another app shares the store, and has another server of this name."""
+    recorder = recorded_peer("python")
+    ours, theirs = server(sink.url, "sink"), server(recorder.url, "sink")
+    store.park(handle(1), place=theirs.place)
+    store.park(handle(2), place=ours.place)
+    store.park(handle(3), place=theirs.place, keepalive_seconds=0.05)
+    store.park(handle(4))
+    assert await new_reaper(ours).sweep() == Swept(closed=2)
+    assert sink.deleted == {"session-2": 1, "session-4": 1}
+    assert recorder.exchanges == []
+    assert not store.has_due(places({"sink": ours}))
+    assert store.has_due(places({"sink": theirs}))
+    parked = store.take(handle(1).key)
+    assert not await new_reaper(ours).close(parked, by="command", why="asked")
+    assert "opened at another URL" in caplog.text
+    assert sink.deleted == {"session-2": 1, "session-4": 1}
+
+
+async def test_many_sessions_of_others_keep_nobody_from_their_own(sink, store, new_reaper):
+    store.park(*(handle(number, "unknown") for number in range(450)), handle(450))
+    assert await new_reaper(server(sink.url, "sink")).sweep() == Swept(closed=1)
+    assert len(list(store.sessions())) == 450
+
+
+async def test_a_standalone_stream_is_not_opened_for_a_ping(recorded_peer, opened, store, new_reaper):
+    """There are servers that end a session when its stream goes away."""
+    recorder = recorded_peer("python")
+    idle = await opened(recorder.url)
+    store.park(idle, keepalive_seconds=0.5)
+    recorder.clear()
+    assert await new_reaper(replace(server(recorder.url), listen=True)).sweep() == Swept(pinged=1)
+    assert recorder.methods() == ["POST ping"]
 
 
 async def test_sessions_of_servers_that_are_not_configured_are_left_alone(sink, store, new_reaper):

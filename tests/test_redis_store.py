@@ -27,6 +27,8 @@ def handle_of(number=1, *, shared=False):
 
 S = handle_of(1)
 T = handle_of(2)
+#: Their server, wherever it is.
+SERVERS = {"peer": ""}
 
 
 def joining(*ids, **options):
@@ -243,9 +245,9 @@ def test_an_ended_session_has_no_holders_and_no_deadline_and_is_no_task_s_any_mo
 def test_the_end_of_a_session_that_others_hold_frees_them_of_it(store):
     """`self.mcp.close()` in one branch of several."""
     store.change(S, held("a", "b", keepalive_seconds=0.001))
-    wait_until(store.has_due)
+    wait_until(lambda: store.has_due(SERVERS))
     store.ended(S.key, CLOSED)
-    assert not store.has_due()
+    assert not store.has_due(SERVERS)
     assert store.held_by("b") == []
     assert store.change(S, leaving("b", to=["c"])) is Standing.ENDED
     assert store.held_by("c") == []
@@ -294,7 +296,7 @@ def test_an_abandoned_session_is_due_soon_and_can_be_ended_by_who_still_has_it(s
     record = record_of(store)
     assert (record.state, record.holders) == ("open", {})
     assert record.deadline == pytest.approx(now(client) + ABANDONED_SECONDS, abs=5)
-    assert store.take_idle(10) == []
+    assert store.take_idle(10, SERVERS) == []
     assert store.change(S, leaving("b")) is Standing.LAST
 
 
@@ -318,7 +320,7 @@ def test_a_loss_that_a_ping_has_found_is_known_to_whoever_asks(store, client):
     assert store.lost_at(S.key) is None
     store.note_lost(S.key)
     assert store.lost_at(S.key) == pytest.approx(now(client), abs=5)
-    assert (store.has_due(), store.take_idle(10)) == (False, [])
+    assert (store.has_due(SERVERS), store.take_idle(10, SERVERS)) == (False, [])
     assert store.take(S.key) is None
     assert store.change(S, leaving("a", to=["b"])) is Standing.ENDED
     store.note_lost(S.key)
@@ -338,7 +340,7 @@ def test_a_session_that_has_settled_is_ended_by_its_last_holder(store):
     store.change(S, held("a", settling_seconds=0.001))
     store.change(T, held("b", settling_seconds=0.001))
     store.change(T, leaving("b"))
-    wait_until(store.has_due)
+    wait_until(lambda: store.has_due(SERVERS))
     assert store.change(S, leaving("a")) is Standing.LAST
 
 
@@ -407,7 +409,7 @@ def test_what_is_renewed_is_used_and_kept_for_longer(new_store, client):
     assert {name for name, seconds in kept.items() if seconds > 500 + KEPT_SECONDS} == longer
     assert record_of(store).used_at > used_at
     store.abandon([f"{T.key}-a"])
-    assert not store.has_due(), "nobody waits for a session that is abandoned"
+    assert not store.has_due(SERVERS), "nobody waits for a session that is abandoned"
 
 
 def test_the_tasks_that_workers_have_are_known_for_a_while(store, client, monkeypatch):
@@ -433,19 +435,19 @@ def test_a_session_that_is_being_ended_is_not_renewed(store, client):
 
 
 def test_one_worker_leads_until_it_resigns(store):
-    assert store.lead("a", 30)
-    assert store.lead("a", 30)
-    assert not store.lead("b", 30)
-    store.resign("b")
-    assert not store.lead("b", 30)
-    store.resign("a")
-    assert store.lead("b", 30)
+    assert store.lead("a", 30, SERVERS)
+    assert store.lead("a", 30, SERVERS)
+    assert not store.lead("b", 30, SERVERS)
+    store.resign("b", SERVERS)
+    assert not store.lead("b", 30, SERVERS)
+    store.resign("a", SERVERS)
+    assert store.lead("b", 30, SERVERS)
 
 
 def test_a_leader_that_is_gone_is_followed_by_another(store):
-    assert store.lead("a", 0.05)
-    wait_until(lambda: store.lead("b", 30))
-    assert not store.lead("a", 30)
+    assert store.lead("a", 0.05, SERVERS)
+    wait_until(lambda: store.lead("b", 30, SERVERS))
+    assert not store.lead("a", 30, SERVERS)
 
 
 # For the reaper
@@ -454,11 +456,11 @@ def test_a_leader_that_is_gone_is_followed_by_another(store):
 def test_a_session_past_its_deadline_is_given_out_once(new_store, client):
     store = new_store(session_ttl_seconds=0.001)
     store.change(S, held("a", keepalive_seconds=10))
-    wait_until(store.has_due)
-    (parked,) = store.take_expired(10)
+    wait_until(lambda: store.has_due(SERVERS))
+    (parked,) = store.take_expired(10, SERVERS)
     assert (parked.key, parked.handle) == (S.key, S)
-    assert store.take_expired(10) == []
-    assert not store.has_due()
+    assert store.take_expired(10, SERVERS) == []
+    assert not store.has_due(SERVERS)
     assert record_of(store).state == "closing"
     assert record_of(store).deadline == pytest.approx(now(client) + ENDING_SECONDS, abs=5)
 
@@ -467,10 +469,10 @@ def test_a_session_whose_end_was_not_noted_is_given_out_again(store, monkeypatch
     monkeypatch.setattr(redis_store, "ENDING_SECONDS", 0.05)
     store.change(S, held("a"))
     assert store.change(S, leaving("a")) is Standing.LAST
-    wait_until(store.has_due)
-    assert [parked.key for parked in store.take_expired(10)] == [S.key]
-    wait_until(store.has_due)
-    assert [parked.key for parked in store.take_expired(10)] == [S.key]
+    wait_until(lambda: store.has_due(SERVERS))
+    assert [parked.key for parked in store.take_expired(10, SERVERS)] == [S.key]
+    wait_until(lambda: store.has_due(SERVERS))
+    assert [parked.key for parked in store.take_expired(10, SERVERS)] == [S.key]
 
 
 def test_sessions_are_given_out_by_portions(new_store, client):
@@ -478,7 +480,7 @@ def test_sessions_are_given_out_by_portions(new_store, client):
     for number in range(5):
         store.change(handle_of(number), held("a"))
     wait_until(lambda: all(record.deadline < now(client) for record in store.sessions()))
-    portions = [store.take_expired(2) for _ in range(4)]
+    portions = [store.take_expired(2, SERVERS) for _ in range(4)]
     assert [len(portion) for portion in portions] == [2, 2, 1, 0]
     assert len({parked.key for portion in portions for parked in portion}) == 5
 
@@ -487,46 +489,46 @@ def test_a_session_that_is_held_or_used_is_not_past_its_deadline(new_store):
     store = new_store()
     for handle in (S, T):
         new_store(session_ttl_seconds=0.001).change(handle, held("a"))
-    wait_until(store.has_due)
+    wait_until(lambda: store.has_due(SERVERS))
     store.renew(["a"])
-    assert (store.has_due(), store.take_expired(10)) == (False, [])
+    assert (store.has_due(SERVERS), store.take_expired(10, SERVERS)) == (False, [])
 
 
 def test_a_lost_session_past_its_deadline_is_forgotten(new_store):
     store = new_store(session_ttl_seconds=0.001)
     store.change(S, held("a"))
     store.note_lost(S.key)
-    wait_until(store.has_due)
-    assert store.take_expired(10) == []
+    wait_until(lambda: store.has_due(SERVERS))
+    assert store.take_expired(10, SERVERS) == []
     assert (record_of(store).state, record_of(store).holders) == ("lost", {})
 
 
 def test_an_idle_session_is_given_out_once_for_each_time_of_its_server(store):
     store.change(S, held("a", keepalive_seconds=0.2))
     store.change(T, held("a"))
-    assert not store.has_due()
+    assert not store.has_due(SERVERS)
     for _ in range(2):
-        wait_until(store.has_due)
-        assert [parked.handle for parked in store.take_idle(10)] == [S]
-        assert store.take_idle(10) == []
+        wait_until(lambda: store.has_due(SERVERS))
+        assert [parked.handle for parked in store.take_idle(10, SERVERS)] == [S]
+        assert store.take_idle(10, SERVERS) == []
     store.change(S, joining("b", keepalive_seconds=100))
-    assert not store.has_due()
+    assert not store.has_due(SERVERS)
 
 
 def test_a_session_that_is_past_its_deadline_is_not_pinged(new_store):
     store = new_store(session_ttl_seconds=0.001)
     store.change(S, held("a", keepalive_seconds=0.001))
-    wait_until(store.has_due)
-    assert store.take_idle(10) == []
-    assert [parked.handle for parked in store.take_expired(10)] == [S]
+    wait_until(lambda: store.has_due(SERVERS))
+    assert store.take_idle(10, SERVERS) == []
+    assert [parked.handle for parked in store.take_expired(10, SERVERS)] == [S]
 
 
 def test_a_session_is_taken_by_hand_whoever_holds_it(store):
     store.change(S, held("a", keepalive_seconds=0.001))
-    wait_until(store.has_due)
+    wait_until(lambda: store.has_due(SERVERS))
     assert store.take(S.key).handle == S
     assert store.take(S.key).handle == S, "the first one may have failed"
-    assert not store.has_due()
+    assert not store.has_due(SERVERS)
     assert store.change(S, leaving("a")) is Standing.ENDED
     store.ended(S.key, CLOSED)
     assert store.take(S.key) is None
@@ -614,7 +616,7 @@ def test_a_store_that_is_out_of_memory_takes_no_more_but_lets_go_of_what_it_has(
     store = new_store(session_ttl_seconds=0.001)
     store.change(S, held("a", "b", keepalive_seconds=0.001))
     store.change(T, held("a"))
-    wait_until(store.has_due)
+    wait_until(lambda: store.has_due(SERVERS))
     monkeypatch.setattr(redis_store, "PAUSE_SECONDS", 0)
     client.config_set("maxmemory", 1)
     try:
@@ -623,7 +625,7 @@ def test_a_store_that_is_out_of_memory_takes_no_more_but_lets_go_of_what_it_has(
         assert store.change(S, leaving("a", to=["c"], events=[{"what": "step"}])) is Standing.HELD
         assert store.change(S, leaving("b", "c")) is Standing.LAST
         store.ended(S.key, CLOSED)
-        assert [parked.handle for parked in store.take_expired(10)] == [T]
+        assert [parked.handle for parked in store.take_expired(10, SERVERS)] == [T]
         store.ended(T.key, CLOSED)
     finally:
         client.config_set("maxmemory", 0)

@@ -10,7 +10,7 @@ import pytest
 from processes import free_port, wait_until
 from redis import Redis
 from redis.crc import key_slot
-from test_redis_store import CLOSED, SECRET, S, contents, handle_of, held, leaving
+from test_redis_store import CLOSED, SECRET, SERVERS, S, contents, handle_of, held, leaving
 
 from mcp_celery.redis_store import KEPT_SECONDS, RedisStore
 from mcp_celery.settings import StoreSettings
@@ -42,12 +42,12 @@ def everything(store):
         store.change(handle_of(number), leaving("early", to=["c"], **more))
     assert store.held_by("a")
     assert store.renew(["a", "b"])
-    assert store.lead("worker", 30)
+    assert store.lead("worker", 30, SERVERS)
     store.announce(["task"])
     assert store.announced() == {"task"}
     idle = set()
-    wait_until(lambda: idle.update(store.take_idle(10)) or len({parked.key for parked in idle}) == 3)
-    assert store.take_expired(10) == []
+    wait_until(lambda: idle.update(store.take_idle(10, SERVERS)) or len({parked.key for parked in idle}) == 3)
+    assert store.take_expired(10, SERVERS) == []
     store.note_lost(handle_of(0).key)
     assert store.lost_at(handle_of(0).key)
     store.abandon(["b"])
@@ -63,12 +63,19 @@ def everything(store):
 def test_every_key_has_a_time_to_live_that_outlasts_the_deadline_of_its_session(new_store, client):
     store = new_store(session_ttl_seconds=1000)
     everything(store)
-    lesser = (":ended", ":leader", ":tasks")
+    (leader,) = client.keys("*:leader:*")
+    lesser = (":ended", ":tasks", leader)
     open_keys = [name for name in client.keys("*") if not name.endswith((handle_of(2).key, *lesser))]
     kinds = {name.split(":")[1] for name in open_keys}
     assert kinds == {"session", "holders", "left", "events", "task", "deadlines", "pings"}
     assert all(1000 < client.ttl(name) <= 1000 + KEPT_SECONDS for name in open_keys)
-    assert 0 < client.ttl("{mcp_celery}:leader") <= 30
+    assert 0 < client.ttl(leader) <= 30
+
+
+def test_the_loss_of_a_session_without_a_history_is_remembered_no_longer_than_the_session(store, client):
+    store.change(S, held("a"))
+    store.note_lost(S.key)
+    assert [store.history(S.key)[0]["what"], client.ttl(f"{{mcp_celery}}:events:{S.key}") > 0] == ["lost", True]
 
 
 def test_every_key_begins_with_the_prefix_and_stores_with_different_ones_know_nothing_of_each_other(new_store, client):
@@ -76,7 +83,7 @@ def test_every_key_begins_with_the_prefix_and_stores_with_different_ones_know_no
     everything(one)
     assert {name.split("}")[0] for name in client.keys("*")} == {"{one:a"}
     assert other.find("") == []
-    assert other.lead("another", 30)
+    assert other.lead("another", 30, SERVERS)
     assert other.change(S, leaving("a")) is Standing.UNCOUNTED
 
 
@@ -198,11 +205,11 @@ store = RedisStore(StoreSettings(url=sys.argv[1]))
 print(store._ask(lambda client: client.client_id()), flush=True)
 if os.fork() == 0:
     for _ in range(50):
-        assert store.lead("child", 30)
+        assert store.lead("child", 30, {})
     print(store._ask(lambda client: client.client_id()), flush=True)
     os._exit(0)
 for _ in range(50):
-    assert not store.has_due()
+    assert not store.has_due({})
 assert os.wait()[1] == 0
 print(store._ask(lambda client: client.client_id()), flush=True)
 """

@@ -15,11 +15,11 @@ import pytest
 from celery import Celery
 from peers.servers import missing
 from processes import ChildProcess, free_port, wait_until
-from redis import Redis, RedisError
-from test_redis_store import CLOSED, SECRET, S, held, leaving
+from redis import CredentialProvider, Redis, RedisError
+from test_redis_store import CLOSED, SECRET, SERVERS, S, held, leaving
 
-from mcp_celery import redis_store
-from mcp_celery.exceptions import StoreError
+from mcp_celery import MCPTask, redis_store
+from mcp_celery.exceptions import ConfigurationError, StoreError
 from mcp_celery.redis_store import RedisStore, get_store
 from mcp_celery.settings import StoreSettings
 from mcp_celery.store import Standing
@@ -190,7 +190,7 @@ def test_a_tls_broker_whose_certificate_celery_does_not_check_is_not_checked_her
 def test_a_store_of_its_own_whose_certificate_nobody_vouches_for_is_not_used(tls):
     store = RedisStore(StoreSettings(url=f"rediss://:{QUOTED}@127.0.0.1:{tls.port}/2"))
     with pytest.raises(StoreError, match="did not answer"):
-        store.has_due()
+        store.has_due(SERVERS)
 
 
 # Sentinel
@@ -237,7 +237,7 @@ def test_sentinels_that_are_gone_or_silent_are_passed_over(sentinel, silent, mon
     places = [f":{QUOTED}@127.0.0.1:{port}/2" for port in (free_port(), silent.port, sentinel)]
     options = {"master_name": "themaster", "sentinel_kwargs": OF_SENTINEL}
     store = RedisStore(StoreSettings(url=";".join(f"sentinel://{place}" for place in places), options=options))
-    assert not store.has_due()
+    assert not store.has_due(SERVERS)
     assert silent.accepted() == 1
 
 
@@ -262,7 +262,7 @@ def test_a_sentinel_of_the_store_alone(sentinel, locked):
 def test_a_sentinel_that_names_no_master_is_no_store(sentinel, options):
     store = RedisStore(StoreSettings(url=f"sentinel://:{QUOTED}@127.0.0.1:{sentinel}/2", options=options))
     with pytest.raises(StoreError, match="did not answer") as caught:
-        store.has_due()
+        store.has_due(SERVERS)
     assert SECRET not in "".join(traceback.format_exception(caught.value)) + repr(store)
 
 
@@ -298,7 +298,7 @@ def test_nothing_is_asked_of_a_store_that_did_not_answer_a_moment_ago(monkeypatc
 def test_a_store_that_is_silent_is_given_up_in_time_and_asked_once(monkeypatch, silent):
     monkeypatch.setattr(redis_store, "TIMEOUT_SECONDS", 0.1)
     store = RedisStore(StoreSettings(url=f"redis://127.0.0.1:{silent.port}"))
-    for ask in (store.has_due, lambda: store.change(S, held("a")), lambda: store.ended(S.key, CLOSED)):
+    for ask in (lambda: store.has_due(SERVERS), lambda: store.change(S, held("a")), lambda: store.ended(S.key, CLOSED)):
         with pytest.raises(StoreError, match=r"did not answer \(TimeoutError\)"):
             ask()
     assert silent.accepted() == 1
@@ -332,25 +332,84 @@ class Silent:
         self._listener.close()
 
 
-@pytest.mark.parametrize("query", ["", "?no_such_option=1", "?db=five"])
-def test_a_store_that_cannot_be_used_says_so_in_one_way_and_shows_no_password(query):
-    assert_shows_no_password(f"redis://:{SECRET}@127.0.0.1:{free_port()}{query}")
+def test_a_store_that_is_not_there_shows_no_password():
+    assert_shows_no_password(f"redis://:{SECRET}@127.0.0.1:{free_port()}", StoreError, "did not answer")
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        ("?no_such_option=1", "unknown option 'no_such_option'"),
+        ("?db=five", "cannot be used"),
+        ("?credential_provider=nowhere.Provider", "cannot be used"),
+    ],
+)
+def test_a_mistake_in_a_store_s_url_is_told_from_an_outage_and_shows_no_password(query, problem):
+    assert_shows_no_password(f"redis://:{SECRET}@127.0.0.1:{free_port()}{query}", ConfigurationError, problem)
+
+
+def test_a_mistake_in_the_options_of_a_store_shows_before_anything_is_sent(valkey, recorded_peer):
+    recorder = recorded_peer("python")
+    app = Celery("mistaken", set_as_current=False)
+    app.conf.update(
+        mcp_servers={"peer": {"url": recorder.url}},
+        mcp_store_url=valkey,
+        mcp_store_options={"nonsense": 1},
+        task_always_eager=True,
+        task_store_eager_result=False,
+    )
+
+    @app.task(base=MCPTask, bind=True, mcp_server="peer")
+    def add(self):
+        self.mcp.call_tool("add", {"a": 1, "b": 1})
+
+    with pytest.raises(ConfigurationError, match="unknown option 'nonsense'"):
+        add.delay().get()
+    assert recorder.exchanges == []
+
+
+class Credentials(CredentialProvider):
+    """What Celery takes the name of."""
+
+    def get_credentials(self):
+        return ("reader", "from-a-provider")
+
+
+@pytest.mark.parametrize("is_written", ["in the URL", "beside it"])
+def test_a_credential_provider_is_asked(valkey, valkey_client, is_written):
+    valkey_client.acl_setuser("reader", enabled=True, passwords=["+from-a-provider"], keys=["*"], commands=["+@all"])
+    name = "test_store_connections.Credentials"
+    app = Celery("provided", broker="memory://", backend=valkey, set_as_current=False)
+    if is_written == "in the URL":
+        app.conf.mcp_store_url = f"{valkey}?credential_provider={name}&socket_timeout=2"
+    else:
+        app.conf.redis_backend_credential_provider = name
+    store = get_store(app.conf)
+    store.check()
+    try:
+        assert store.change(S, held("a")) is Standing.HELD
+        assert store._ask(lambda client: client.acl_whoami()) == "reader"
+    finally:
+        valkey_client.acl_deluser("reader")
 
 
 def test_a_url_that_cannot_be_read_is_not_shown():
-    assert_shows_no_password(f"redis://:x#{SECRET}@127.0.0.1")
-    assert_shows_no_password(f"redis://:{SECRET}#x@127.0.0.1")
-    assert_shows_no_password(f"sentinel://:{SECRET}#x@127.0.0.1")
+    for url in (
+        f"redis://:x#{SECRET}@127.0.0.1",
+        f"redis://:{SECRET}#x@127.0.0.1",
+        f"sentinel://:{SECRET}#x@127.0.0.1",
+    ):
+        assert_shows_no_password(url, ConfigurationError, "cannot be used")
 
 
 def test_a_wrong_password_is_not_shown(valkey):
-    assert_shows_no_password(valkey.replace("://", f"://nobody:{SECRET}@"))
+    assert_shows_no_password(valkey.replace("://", f"://nobody:{SECRET}@"), StoreError, "did not answer")
 
 
-def assert_shows_no_password(url):
+def assert_shows_no_password(url, error, problem):
     settings = StoreSettings(url=url, options={"sentinel_kwargs": OF_SENTINEL} if "sentinel" in url else {})
     store = RedisStore(settings)
-    with pytest.raises(StoreError, match="did not answer") as caught:
+    with pytest.raises(error, match=problem) as caught:
         store.change(S, held("a"))
     shown = [repr(store), repr(settings), *traceback.format_exception(caught.value)]
     assert SECRET not in "".join(shown)

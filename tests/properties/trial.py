@@ -66,7 +66,7 @@ class Trials:
 
     def stored(self) -> list[str]:
         """The keys of the store."""
-        return [name for name in self._client.scan_iter("{mcp_celery}:*") if not name.endswith(":leader")]
+        return [name for name in self._client.scan_iter("{mcp_celery}:*") if ":leader:" not in name]
 
     def _run(self, executor: Executor, canvas: Canvas, choose: Choose) -> tuple[list[Event], Any]:
         self._client.flushdb()

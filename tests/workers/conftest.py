@@ -1,6 +1,7 @@
 """Two workers on one recorded server, for all tests here that need no more."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class Project:
     def stored(self):
         """The keys of the store, each with its time to live, without those that tell of workers."""
         with Redis.from_url(self.app.conf.broker_url, decode_responses=True) as client:
-            names = [name for name in client.keys("{mcp_celery}*") if not name.endswith((":leader", ":tasks"))]
+            names = [name for name in client.keys("{mcp_celery}*") if not re.search(":leader:|:tasks$", name)]
             return {name: client.ttl(name) for name in names}
 
     def forget_stored(self):

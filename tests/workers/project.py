@@ -27,6 +27,7 @@ app.conf.update(
     mcp_session_ttl_seconds=float(os.environ.get("TTL", "86400")),
     mcp_reaper_interval_seconds=0.5,
     worker_lost_wait=0.5,
+    worker_soft_shutdown_timeout=float(os.environ.get("SOFT_SHUTDOWN", "0")),
     result_extended=True,
     task_track_started=True,
     worker_send_task_events=True,

@@ -4,6 +4,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -122,7 +123,7 @@ class Durable:
     def stored(self):
         """The keys of the store, without the journals of tasks that are known to be done, and those of workers."""
         redis = self.tasks.redis
-        names = {name for name in redis.keys("{mcp_celery}*") if not name.endswith((":leader", ":tasks"))}
+        names = {name for name in redis.keys("{mcp_celery}*") if not re.search(":leader:|:tasks$", name)}
         done = {name for name in names if ":journal:" in name and set(redis.hkeys(name)) == {"v", "done"}}
         assert all(redis.ttl(name) > 0 for name in done)
         return names - done

@@ -15,7 +15,9 @@ from processes import free_port, wait_until
 from redis import Redis
 
 from mcp_celery import SessionLostError
+from mcp_celery.bootstep import known_servers
 from mcp_celery.redis_store import get_store
+from mcp_celery.settings import places
 
 DATABASE = 4
 POOLS = [("prefork",), ("solo",), ("threads", "-c", "2")]
@@ -67,10 +69,15 @@ class Reaped:
         """How many requests there were, such as "DELETE"."""
         return self.recorder.methods().count(name)
 
+    @property
+    def servers(self):
+        """What its workers ask the store for."""
+        return places(known_servers(self.app))
+
     def leader(self):
         """Which worker leads, if any."""
         with Redis.from_url(self.app.conf.broker_url, decode_responses=True) as client:
-            return client.get("{mcp_celery}:leader")
+            return next((client.get(name) for name in client.keys("{mcp_celery}:leader:*")), None)
 
     def ended(self, record):
         """Wait until a session has ended at its server and in the store."""
@@ -196,7 +203,7 @@ def test_a_worker_that_may_not_lead_keeps_the_sessions_of_its_tasks_and_ends_non
     wait_until(lambda: app.count("DELETE") == deleted + 1)
     leader.stop()
     record = app.leave_behind()
-    wait_until(app.store.has_due, 20, "a deadline")
+    wait_until(lambda: app.store.has_due(app.servers), 20, "a deadline")
     assert reapers(follower) == []
     assert app.store.find(record.key)[0].state == "open"
     leader = app.start_worker("c")

@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from celery import chain
+from celery import chain, group
 from conftest import Project, start_project
 from peers.recorder import Recorder
 from processes import wait_until
@@ -71,6 +71,17 @@ def test_a_session_id_is_nowhere_but_on_the_wire(loud_project, valkey_server):
         project.recorder.answer(rpc_method="tools/call", status=404, body=b"")
         with pytest.raises(Exception, match="no longer knows"):
             project.run(t.add.s(1, 1))
+        never_run = [
+            chain(t.add.s(0, 1), t.breaks.s(), ahead)
+            for ahead in (
+                t.recall.si([], "x"),
+                group(t.recall.si([], "x"), t.recall.si([], "x")),
+                chain(group(t.plus_one.si(1), t.recall.si([], "x")), t.total.s(), t.add.s(1)),
+                t.add.starmap([(1, 1)]),
+            )
+        ]
+        for shape in never_run:
+            shape.apply_async()
         session = new_session(ServerSettings(name="peer", url=project.recorder.url))
         session.call_tool("set_variable", {"name": "kept", "value": "yes"})
         kept = session.detach()
@@ -83,7 +94,7 @@ def test_a_session_id_is_nowhere_but_on_the_wire(loud_project, valkey_server):
         )
         assert kept.short_id in inspected
         waiting.get(timeout=15)
-        project.sessions_closed(6)
+        project.sessions_closed(10)
         wait_until(lambda: sum(e["type"] == "task-succeeded" for e in events.seen) >= 9, 10, "the events")
 
     with valkey_server.client() as client:

@@ -1,0 +1,30 @@
+"""What result backends keep of tasks that never run: their arguments, without the handles bound into them.
+
+Where a task fails, Celery stores the failure for all that would have followed in its chain as well; with their
+arguments, if `result_extended` is set. It does so before any signal tells of it, so what makes these records is wrapped
+here.
+"""
+
+from collections.abc import Mapping
+from copy import copy
+from functools import wraps
+from typing import Any
+
+from celery.backends.base import Backend
+
+from .workflow import without_handles
+
+_get_result_meta = Backend._get_result_meta  # noqa: SLF001 - there is no public place
+
+
+@wraps(_get_result_meta)
+def _without_handles(self: Any, result: Any, state: Any, traceback: Any, request: Any, **options: Any) -> Any:
+    arguments = {name: getattr(request, name, None) for name in ("args", "kwargs")}
+    if any(isinstance(value, Mapping | list | tuple) and value for value in arguments.values()):
+        request = copy(request)
+        for name, value in arguments.items():
+            setattr(request, name, without_handles(value))
+    return _get_result_meta(self, result=result, state=state, traceback=traceback, request=request, **options)
+
+
+Backend._get_result_meta = _without_handles  # noqa: SLF001 - as above
