@@ -327,10 +327,18 @@ class Canvas:
         return self._visit(body, ahead)
 
     def _errbacks_instead_of(self, body: Signature) -> list[Signature]:
-        """Return the errbacks that Celery calls where the header of *body* fails: of a group, those of its members."""
-        members = _listed(body["kwargs"]["tasks"]) if body.get("subtask_type") == "group" else []
+        """Return the errbacks that Celery calls where the header of *body* fails.
+
+        Also those of the members of a group, and of the first step of a chain, which is the body once it is published.
+        """
         own = self._errbacks((body.get("options") or {}).get("link_error"))
-        return own + [errback for member in members for errback in self._errbacks_of_result(member)]
+        match body.get("subtask_type"):
+            case "group":
+                members = _listed(body["kwargs"]["tasks"])
+                return own + [errback for member in members for errback in self._errbacks_of_result(member)]
+            case "chain" if steps := _listed(body["kwargs"]["tasks"]):
+                return own + self._errbacks_instead_of(steps[0])
+        return own
 
     def _errbacks_of_result(self, signature: Signature) -> list[Signature]:
         """As Celery does: of a chord those of its body too, of a chain its own only."""

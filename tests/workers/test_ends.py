@@ -121,6 +121,13 @@ ERRBACKS = {
         ["in place ChordError"],  # Celery never ends the outer chord
         5,
     ),
+    "of a body with a step behind it, within what replaces a task": (
+        lambda s: s.replaced_by(
+            1, chain(chord([s.ends(0, "failure"), s.add(1, 1)], failed_by(s.total(), s.on_error())), s.add(1))
+        ),
+        ["in place ChordError"],
+        4,
+    ),
     "of an errback that fails itself": (
         lambda s: chain(s.add(1, 1), failed_by(s.ends("failure"), s.fails_on_error(), s.on_error()), s.add(1)),
         ["fails itself", IN_PLACE],
