@@ -324,21 +324,16 @@ class Canvas:
     def _visit_body(self, body: Signature, ahead: Ahead) -> bool:
         """The body of a chord: its errbacks run where a member of the header fails, so without it."""
         ahead.errbacks += self._errbacks_instead_of(body)
+        if body.get("subtask_type") == "chain" and (steps := _listed(body["kwargs"]["tasks"])):
+            # Where the chord is itself a step of a chain, Celery publishes the first step as its body.
+            ahead.errbacks += self._errbacks_instead_of(steps[0])
         return self._visit(body, ahead)
 
     def _errbacks_instead_of(self, body: Signature) -> list[Signature]:
-        """Return the errbacks that Celery calls where the header of *body* fails.
-
-        Also those of the members of a group, and of the first step of a chain, which is the body once it is published.
-        """
+        """Return the errbacks that Celery calls where the header of *body* fails: of a group, those of its members."""
+        members = _listed(body["kwargs"]["tasks"]) if body.get("subtask_type") == "group" else []
         own = self._errbacks((body.get("options") or {}).get("link_error"))
-        match body.get("subtask_type"):
-            case "group":
-                members = _listed(body["kwargs"]["tasks"])
-                return own + [errback for member in members for errback in self._errbacks_of_result(member)]
-            case "chain" if steps := _listed(body["kwargs"]["tasks"]):
-                return own + self._errbacks_instead_of(steps[0])
-        return own
+        return own + [errback for member in members for errback in self._errbacks_of_result(member)]
 
     def _errbacks_of_result(self, signature: Signature) -> list[Signature]:
         """As Celery does: of a chord those of its body too, of a chain its own only."""
