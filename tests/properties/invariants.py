@@ -109,10 +109,12 @@ class _Runs:
     def _wanted_by_errback(self, event: Event) -> tuple[dict[str, str], set[tuple[str, str]]]:
         """What the failed task had. Where that never ran, what it would have got."""
         flow, label = self._flow, event["label"]
-        if event["parent"] not in self._last:
+        parent = self._last.get(event["parent"])
+        # The body of a chord has the ID of the task that the chord replaces.
+        if parent is None or parent["label"] in self._replaced(label):
             wanted = self._merged(flow.errbacks[label], event)
-            return wanted, set(wanted.items())
-        failed = self._last[event["parent"]]["label"]
+            return wanted if label in flow.counted else {}, set(wanted.items())
+        failed = parent["label"]
         least = self._out(failed, event) if flow.is_mcp[failed] else self._merged(flow.before[failed], event)
         most = set(least.items())
         # What was bound past a plain task stays with its errbacks when it is replaced.
