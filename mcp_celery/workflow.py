@@ -133,9 +133,8 @@ class Ahead:
     tasks: list[Signature] = field(default_factory=list)
     #: Those that come next only where something fails that passes no session on.
     errbacks: list[Signature] = field(default_factory=list)
-
-    def __add__(self, other: "Ahead") -> "Ahead":
-        return Ahead([*self.tasks, *other.tasks], [*self.errbacks, *other.errbacks])
+    #: Errbacks that are never called, although others may take them for such as are.
+    untold: list[Signature] = field(default_factory=list)
 
 
 def bind(handle: SessionHandle, signatures: Iterable[Signature], *, tentative: bool = False) -> dict[str, str]:
@@ -254,8 +253,8 @@ class Canvas:
         """
         hopeless.tasks += self._all_in(body)
         options = body.get("options") or {}
-        if is_told:
-            hopeless.errbacks += self._errbacks_instead_of(body)
+        errbacks = hopeless.errbacks if is_told else hopeless.untold
+        errbacks += self._errbacks_instead_of(body)
         if isinstance(outer := options.get("chord"), MutableMapping):
             self._give_up(outer, hopeless, is_told=False)
         for step in _listed(options.get("chain")):

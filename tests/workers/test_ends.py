@@ -226,6 +226,13 @@ def test_the_errback_of_a_body_is_not_waited_for_where_a_member_of_the_header_is
     assert_sessions(project, 3 if step == "ends" else 2)
 
 
+def test_the_errback_of_a_body_is_not_waited_for_where_a_chord_in_the_header_fails_as_well(project, s):
+    inner = chord([s.ends_plainly("failure")], s.total())
+    # Celery does not tell the outer chord that the inner one has failed: it never ends.
+    chain(s.add(1, 1), chord([s.ends("failure"), inner], failed_by(s.total(), s.on_error()))).apply_async()
+    assert_sessions(project, 2)
+
+
 def test_an_errback_uses_a_session_that_lives_or_opens_its_own(project, s):
     flow = chain(linked(s.add(1, 1), s.add(1)), failed_by(s.ends_plainly("failure"), s.on_error()))
     with pytest.raises(ValueError, match="failure"):
