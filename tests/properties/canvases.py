@@ -167,6 +167,8 @@ class Flow:
     before: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: Label of an errback to the state in which what it was linked to begins.
     errbacks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Label of an errback to the labels of all steps in what it was linked to.
+    linked: dict[str, set[str]] = field(default_factory=dict)
     #: Labels of the errbacks that are sure to get it where what they were linked to never begins.
     counted: set[str] = field(default_factory=set)
     #: Label of a step to the label of the step that it replaces, or is a part of what replaces it.
@@ -194,6 +196,7 @@ class Flow:
                 after = self.through(body, state, host)
         for errback in canvas.errbacks:
             self.errbacks[errback.label] = state
+            self.linked[errback.label] = {step.label for step in steps_of(canvas)}
             self.counted |= {errback.label} if _counts_errbacks(canvas) else set()
             # What it gets depends on which task has failed; what is linked to it gets it from there.
             self.through(replace(errback, errbacks=()), state, host)
