@@ -212,7 +212,7 @@ class Flow:
         if step.replacement is not None:
             # A plain task passes nothing on. What was bound past it stays; the rest comes from what replaces it.
             replaced = self.through(step.replacement, after if step.is_mcp else (), step.label)
-            after = replaced if step.is_mcp else (*state, *replaced)
+            after = replaced if step.is_mcp else (*after, *replaced)
         for link in step.links:
             self.through(link, after, host)
         return after
