@@ -208,7 +208,7 @@ def never_runs(task: Any, request: Any, *, are_errbacks_called: bool = True) -> 
     """Have a task, and what would have followed it, hold no sessions. For a worker's main process: no MCP I/O."""
     canvas = canvas_of(task.app)
     hopeless = canvas.hopeless_after(request)
-    lost = {holder for _, holders in carried(hopeless.tasks) for holder in holders}
+    lost = {holder for _, holders in carried([*hopeless.tasks, *hopeless.untold]) for holder in holders}
     own = canvas.errbacks_of(request) if are_errbacks_called else []
     errbacks = carried([*own, *hopeless.errbacks])
     try:
@@ -533,7 +533,8 @@ class Execution:
         hopeless = self._canvas.hopeless_after(self._request)
         # Celery does not hear of a task that is ignored: its chord never ends, and calls no errbacks, whoever fails.
         is_silent = outcome == "ignored"
-        given_up = carried([*hopeless.tasks, *(hopeless.errbacks if is_silent else ())])
+        untold = [*hopeless.untold, *(hopeless.errbacks if is_silent else ())]
+        given_up = carried([*hopeless.tasks, *untold])
         never = {handle.key: holders for handle, holders in given_up}
         takes_over = {handle.key: holders for handle, holders in carried(() if is_silent else hopeless.errbacks)}
         own = set(self._held) | {handle.key for handle in self.handles()}

@@ -130,7 +130,8 @@ def _end_carried(task: Task, request: Any, *, are_errbacks_called: bool = True) 
     canvas = canvas_of(task.app)
     hopeless = canvas.hopeless_after(request)
     # Where Celery does not hear of the end, a chord never ends, and calls no errbacks, whoever else fails.
-    never = carried([*hopeless.tasks, *(() if are_errbacks_called else hopeless.errbacks)])
+    untold = [*hopeless.untold, *(() if are_errbacks_called else hopeless.errbacks)]
+    never = carried([*hopeless.tasks, *untold])
     errbacks = [*canvas.errbacks_of(request), *hopeless.errbacks] if are_errbacks_called else []
     instead = {handle.key: holders for handle, holders in carried(errbacks)}
     for handle, holders in never:

@@ -143,9 +143,8 @@ class Ahead:
     tasks: list[Signature] = field(default_factory=list)
     #: Those that come next only where something fails that passes no session on.
     errbacks: list[Signature] = field(default_factory=list)
-
-    def __add__(self, other: "Ahead") -> "Ahead":
-        return Ahead([*self.tasks, *other.tasks], [*self.errbacks, *other.errbacks])
+    #: Errbacks that are never called, although others may take them for such as are.
+    untold: list[Signature] = field(default_factory=list)
 
 
 def bind(
@@ -271,8 +270,8 @@ class Canvas:
         """
         hopeless.tasks += self._all_in(body)
         options = body.get("options") or {}
-        if is_told:
-            hopeless.errbacks += self._errbacks_instead_of(body)
+        errbacks = hopeless.errbacks if is_told else hopeless.untold
+        errbacks += self._errbacks_instead_of(body)
         if isinstance(outer := options.get("chord"), MutableMapping):
             self._give_up(outer, hopeless, is_told=False)
         for step in _listed(options.get("chain")):
@@ -341,6 +340,9 @@ class Canvas:
     def _visit_body(self, body: Signature, ahead: Ahead) -> bool:
         """The body of a chord: its errbacks run where a member of the header fails, so without it."""
         ahead.errbacks += self._errbacks_instead_of(body)
+        if body.get("subtask_type") == "chain" and (steps := _listed(body["kwargs"]["tasks"])):
+            # Where the chord is itself a step of a chain, Celery publishes the first step as its body.
+            ahead.errbacks += self._errbacks_instead_of(steps[0])
         return self._visit(body, ahead)
 
     def _errbacks_instead_of(self, body: Signature) -> list[Signature]:

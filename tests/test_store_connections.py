@@ -376,8 +376,9 @@ class Credentials(CredentialProvider):
 
 
 @pytest.mark.parametrize("is_written", ["in the URL", "beside it"])
-def test_a_credential_provider_is_asked(valkey, valkey_client, is_written):
-    valkey_client.acl_setuser("reader", enabled=True, passwords=["+from-a-provider"], keys=["*"], commands=["+@all"])
+def test_a_credential_provider_is_asked(valkey, is_written):
+    client = Redis.from_url(valkey)
+    client.acl_setuser("reader", enabled=True, passwords=["+from-a-provider"], keys=["*"], commands=["+@all"])
     name = "test_store_connections.Credentials"
     app = Celery("provided", broker="memory://", backend=valkey, set_as_current=False)
     if is_written == "in the URL":
@@ -390,7 +391,8 @@ def test_a_credential_provider_is_asked(valkey, valkey_client, is_written):
         assert store.change(S, held("a")) is Standing.HELD
         assert store._ask(lambda client: client.acl_whoami()) == "reader"
     finally:
-        valkey_client.acl_deluser("reader")
+        client.acl_deluser("reader")
+        client.close()
 
 
 def test_a_url_that_cannot_be_read_is_not_shown():

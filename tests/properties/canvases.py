@@ -167,6 +167,10 @@ class Flow:
     before: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: Label of an errback to the state in which what it was linked to begins.
     errbacks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Label of an errback to the labels of all steps in what it was linked to.
+    linked: dict[str, set[str]] = field(default_factory=dict)
+    #: Labels of the errbacks that are sure to get it where what they were linked to never begins.
+    counted: set[str] = field(default_factory=set)
     #: Label of a step to the label of the step that it replaces, or is a part of what replaces it.
     replaces: dict[str, str] = field(default_factory=dict)
     is_mcp: dict[str, bool] = field(default_factory=dict)
@@ -192,6 +196,8 @@ class Flow:
                 after = self.through(body, state, host)
         for errback in canvas.errbacks:
             self.errbacks[errback.label] = state
+            self.linked[errback.label] = {step.label for step in steps_of(canvas)}
+            self.counted |= {errback.label} if _counts_errbacks(canvas) else set()
             # What it gets depends on which task has failed; what is linked to it gets it from there.
             self.through(replace(errback, errbacks=()), state, host)
         return after
@@ -206,10 +212,27 @@ class Flow:
         if step.replacement is not None:
             # A plain task passes nothing on. What was bound past it stays; the rest comes from what replaces it.
             replaced = self.through(step.replacement, after if step.is_mcp else (), step.label)
-            after = replaced if step.is_mcp else (*state, *replaced)
+            after = replaced if step.is_mcp else (*after, *replaced)
         for link in step.links:
             self.through(link, after, host)
         return after
+
+
+def _counts_errbacks(canvas: Canvas) -> bool:
+    """Whether the errbacks of *canvas*, the body of a chord, are counted when the header fails.
+
+    Those of a plain task are not: nothing was bound to it. Those of a chain are the errbacks of each of its steps only
+    when it is published, which may be after they were looked for.
+    """
+    match canvas:
+        case Step():
+            return canvas.is_mcp
+        case Chain():
+            return False
+        case Group():
+            return all(map(_counts_errbacks, canvas.parts))
+        case Chord():
+            return _counts_errbacks(canvas.parts[-1])
 
 
 def steps_of(canvas: Canvas) -> Iterator[Step]:
@@ -242,9 +265,9 @@ def _labelled(canvas: Canvas, numbers: Iterator[int]) -> Canvas:
 
 
 @st.composite
-def canvases(draw: st.DrawFn, most: int = 40, depth: int = 3) -> Canvas:
-    """Canvases of up to *most* tasks, errbacks and replacements among them."""
-    canvas = _labelled(draw(_parts(depth)), count(1))
+def canvases(draw: st.DrawFn, most: int = 40, shapes: st.SearchStrategy[Canvas] | None = None) -> Canvas:
+    """Canvases of up to *most* tasks, errbacks and replacements among them; of these *shapes*, or of any."""
+    canvas = _labelled(draw(_parts(3) if shapes is None else shapes), count(1))
     assume(sum(1 for _ in steps_of(canvas)) <= most)
     return canvas
 
@@ -295,3 +318,42 @@ def _errbacks(depth: int) -> st.SearchStrategy[Step]:
     called_back = st.builds(Step, role=st.just("called back"), is_mcp=st.booleans(), at_start=_USES, at_end=_USES)
     called = _steps("errback", depth or None)
     return st.deferred(lambda: st.one_of(called, called_back))
+
+
+# -- Shapes in which certain faults show
+
+
+def _opener(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Step]:
+    """Steps that open a session and succeed."""
+    return st.builds(Step, is_mcp=st.just(True), at_start=st.sampled_from((("one",), SERVERS)), **fields)
+
+
+def with_links() -> st.SearchStrategy[Canvas]:
+    """A task with several links, which pass its session on."""
+    return _opener(links=st.lists(_steps("step"), min_size=2, max_size=3).map(tuple))
+
+
+def in_turn() -> st.SearchStrategy[Canvas]:
+    """A chain of tasks, each of which may fail."""
+    rest = st.lists(_steps("step"), min_size=2, max_size=4)
+    return st.builds(lambda opener, parts: Chain(parts=(opener, *parts)), _opener(), rest)
+
+
+def with_a_chord() -> st.SearchStrategy[Canvas]:
+    """A chord behind a task that opens a session."""
+    header = st.lists(_steps("step"), min_size=2, max_size=3)
+    parts = st.builds(lambda header, body: Chord(parts=(*header, body)), header, _steps("step"))
+    return st.builds(lambda opener, then: Chain(parts=(opener, then)), _opener(), parts)
+
+
+def in_branches() -> st.SearchStrategy[Canvas]:
+    """A group behind a task that opens a session, the last of whose members ends it."""
+    parts = st.lists(_opener(), min_size=2, max_size=3).map(lambda parts: Group(parts=tuple(parts)))
+    return st.builds(lambda opener, then: Chain(parts=(opener, then)), _opener(), parts)
+
+
+def past_a_failure() -> st.SearchStrategy[Canvas]:
+    """A plain task that fails, between tasks that share a session, with an errback that gets that as well."""
+    errback = _opener(role=st.just("errback"))
+    failing = st.builds(Step, end=st.just("raises"), errbacks=st.tuples(errback))
+    return st.tuples(_opener(), failing, _opener()).map(lambda parts: Chain(parts=parts))

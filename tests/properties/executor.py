@@ -103,11 +103,20 @@ class Executor:
     def close(self) -> None:
         """Close what the executor and the app have open."""
         self._connection.release()
-        consumer = self.app.backend.result_consumer
-        consumer.stop()
-        # Results unsubscribe when they are collected, which may be after the server has gone.
-        consumer.subscribed_to.clear()
+        self.forget_results()
+        self.app.backend.result_consumer.stop()
         self.app.close()
+
+    def forget_results(self) -> None:
+        """Have the backend wait for no result any more. It keeps each one that nobody has got."""
+        backend = self.app.backend
+        for pending in backend._pending_results:
+            pending.clear()
+        consumer = backend.result_consumer
+        for task_id in list(consumer.subscribed_to):
+            consumer._pubsub.unsubscribe(task_id)
+        # Or results unsubscribe when they are collected, which may be after the server has gone.
+        consumer.subscribed_to.clear()
 
     def run(self, publish: Callable[[], Any], choose: Choose) -> Any:
         """Return what *publish* returns, once it has ended and nothing is left to run."""

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import canvases
 import pytest
+from hypothesis import strategies as st
 
 from mcp_celery import redis_store
 from mcp_celery.execution import Execution
@@ -128,23 +130,20 @@ def only_one_session_goes_on(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Execution, "handles", lambda self: handles(self)[:1])
 
 
-#: Found within seconds.
-FAULTS: tuple[Plant, ...] = (
-    bodies_of_chords_are_not_bound,
-    a_plain_task_is_not_looked_past,
-    a_holder_leaves_before_the_next_ones_join,
-    the_store_is_not_asked_who_else_holds_the_session,
-    a_retry_leaves,
-    a_retry_gets_no_session,
-    errbacks_are_not_counted,
-    only_one_session_goes_on,
-)
-#: Rarer: these take more canvases, and are planted where more are asked for.
-RARE_FAULTS: tuple[Plant, ...] = (
-    the_end_of_a_failed_task_forgets_what_will_never_run,
-    the_end_of_a_failed_task_forgets_the_bodies_of_chords,
-    only_the_first_of_several_links_is_bound,
-    branches_merge,
-    a_holder_leaves_and_then_asks_whether_it_was_the_last,
-    who_has_left_may_still_join,
-)
+#: Each with the shapes in which it shows soon.
+FAULTS: dict[Plant, Callable[[], st.SearchStrategy[canvases.Canvas]]] = {
+    the_end_of_a_failed_task_forgets_what_will_never_run: canvases.in_turn,
+    the_end_of_a_failed_task_forgets_the_bodies_of_chords: canvases.with_a_chord,
+    only_the_first_of_several_links_is_bound: canvases.with_links,
+    bodies_of_chords_are_not_bound: canvases.with_a_chord,
+    a_plain_task_is_not_looked_past: canvases.in_turn,
+    branches_merge: canvases.with_a_chord,
+    a_holder_leaves_before_the_next_ones_join: canvases.in_turn,
+    a_holder_leaves_and_then_asks_whether_it_was_the_last: canvases.in_branches,
+    who_has_left_may_still_join: canvases.past_a_failure,
+    the_store_is_not_asked_who_else_holds_the_session: canvases.in_branches,
+    a_retry_leaves: canvases.in_turn,
+    a_retry_gets_no_session: canvases.in_turn,
+    errbacks_are_not_counted: canvases.in_turn,
+    only_one_session_goes_on: canvases.in_turn,
+}

@@ -54,15 +54,15 @@ class _Runs:
         self._journal = journal
         #: Label to the ends of its runs.
         self._ends: dict[str, list[Event]] = defaultdict(list)
-        #: Task ID to its first start and its last one: retries and replacements have the ID of what was before them.
-        self._first: dict[str, Event] = {}
+        #: Task ID to its last start, and to all its parents: retries and replacements have the ID of what was before.
         self._last: dict[str, Event] = {}
+        self._parents: dict[str, set[str | None]] = defaultdict(set)
         for event in journal:
             if event["what"] == "ends":
                 self._ends[event["label"]].append(event)
             if event["what"] == "starts" and event["id"] is not None:
-                self._first.setdefault(event["id"], event)
                 self._last[event["id"]] = event
+                self._parents[event["id"]].add(event["parent"])
 
     def wanted(self, number: int, event: Event) -> tuple[dict[str, str], set[tuple[str, str]]]:
         """Return the least and the most that the run that begins with *event*, the *number*th, may have been given."""
@@ -100,19 +100,21 @@ class _Runs:
         return dict(ends[-1]["sessions"]) if self._flow.is_mcp[label] else self._wanted_by_errback(ends[-1])[0]
 
     def _ancestors(self, event: Event) -> set[str]:
-        ancestors = set()
-        while event is not None and event["parent"] not in {None, *ancestors}:
-            ancestors.add(event["parent"])
-            event = self._first.get(event["parent"])
+        ancestors: set[str] = set()
+        parents = {event["parent"]}
+        while parents := parents - ancestors - {None}:
+            ancestors |= parents
+            parents = set().union(*(self._parents[parent] for parent in parents))
         return ancestors
 
     def _wanted_by_errback(self, event: Event) -> tuple[dict[str, str], set[tuple[str, str]]]:
         """What the failed task had. Where that never ran, what it would have got."""
         flow, label = self._flow, event["label"]
-        if event["parent"] not in self._last:
-            wanted = self._merged(flow.errbacks[label], event)
-            return wanted, set(wanted.items())
-        failed = self._last[event["parent"]]["label"]
+        parent = self._last.get(event["parent"])
+        # The body of a chord has the ID of the task that the chord replaces, and its errbacks.
+        if parent is None or parent["label"] in self._replaced(label) or self._is_replaced(parent["label"]):
+            return self._wanted_instead(event)
+        failed = parent["label"]
         least = self._out(failed, event) if flow.is_mcp[failed] else self._merged(flow.before[failed], event)
         most = set(least.items())
         # What was bound past a plain task stays with its errbacks when it is replaced.
@@ -124,6 +126,17 @@ class _Runs:
             # its message are called by the main process, when all of it is over.
             least = {}
         return least, most
+
+    def _wanted_instead(self, event: Event) -> tuple[dict[str, str], set[tuple[str, str]]]:
+        """What the task would have got that never ran: what the errback was linked to, or a part of a replacement."""
+        flow, label = self._flow, event["label"]
+        wanted = self._merged(flow.errbacks[label], event)
+        parts = [part for part in flow.before if self._replaced(part) & flow.linked[label]]
+        instead = [self._merged(flow.before[part], event).items() for part in parts]
+        return wanted if label in flow.counted and not parts else {}, set(wanted.items()).union(*instead)
+
+    def _is_replaced(self, label: str) -> bool:
+        return bool(self._ends[label]) and self._ends[label][-1]["how"] == "is replaced"
 
     def _replaced(self, label: str) -> set[str]:
         """The steps in whose replacement this step is."""

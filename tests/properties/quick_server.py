@@ -5,7 +5,7 @@ import json
 import threading
 import uuid
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from mcp_celery.handle import short_hash
 
@@ -18,6 +18,13 @@ _NEGOTIATED = {
 }
 
 
+class Journal(Protocol):
+    """Takes what happens, in order."""
+
+    def append(self, event: dict[str, Any], /) -> object:
+        """Return when *event* is written."""
+
+
 class QuickServer:
     """Listens on a free port of 127.0.0.1 between `__enter__` and `__exit__`.
 
@@ -25,7 +32,7 @@ class QuickServer:
     short form of its ID}`. "refused" is any request in a session that it does not know, or no longer.
     """
 
-    def __init__(self, journal: list[dict[str, Any]]) -> None:
+    def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._sessions: set[str] = set()
         self._started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = Future()
@@ -44,22 +51,25 @@ class QuickServer:
 
     async def _serve(self) -> None:
         stop = asyncio.Event()
-        connections: set[asyncio.StreamWriter] = set()
+        connections: dict[asyncio.Task[None] | None, asyncio.StreamWriter] = {}
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            connections.add(writer)
+            task = asyncio.current_task()
+            connections[task] = writer
             try:
                 await self._converse(reader, writer)
             finally:
-                connections.discard(writer)
+                del connections[task]
                 writer.close()
 
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
         self._started.set_result((asyncio.get_running_loop(), stop, server.sockets[0].getsockname()[1]))
         await stop.wait()
         server.close()
-        for writer in connections:
+        for writer in connections.values():
             writer.close()
+        if tasks := [task for task in connections if task is not None]:
+            await asyncio.wait(tasks, timeout=5)
         await server.wait_closed()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

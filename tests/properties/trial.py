@@ -1,7 +1,8 @@
 """One trial: a canvas run with plain tasks, then with MCP tasks in a chosen order, and all invariants checked."""
 
 import gc
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import pytest
@@ -53,26 +54,16 @@ class Trials:
             ViolationError: An invariant does not hold.
         """
         plain = self.run_plain(canvas)
-        journal, result = self._run(self._mcp, canvas, choose)
-        for event in journal:
-            note(
-                " ".join(str(event[name]) for name in ("what", "label", "session", "sessions", "how") if name in event)
-            )
-        check_ends(journal)
-        check_flow(canvas, journal)
-        check_same(plain, journal, result)
-        if kept := self.stored():
-            raise ViolationError(f"the store keeps {kept}")
-
-    def stored(self) -> list[str]:
-        """The keys of the store."""
-        return [name for name in self._client.scan_iter("{mcp_celery}:*") if ":leader:" not in name]
+        check_run(canvas, plain, self._run(self._mcp, canvas, choose), stored(self._client))
 
     def _run(self, executor: Executor, canvas: Canvas, choose: Choose) -> tuple[list[Event], Any]:
         self._client.flushdb()
         self.journal.clear()
         result = executor.run(lambda: signature(canvas, executor.app).apply_async(), choose)
-        return list(self.journal), outcome(result)
+        try:
+            return list(self.journal), outcome(result)
+        finally:
+            executor.forget_results()
 
     def _new_executor(self, *, has_sessions: bool) -> Executor:
         app = new_app(
@@ -81,6 +72,31 @@ class Trials:
         # One backend for all threads, which come and go.
         app.conf.result_backend_thread_safe = True
         return Executor(app)
+
+
+def check_run(
+    canvas: Canvas, plain: tuple[Sequence[Event], Any], run: tuple[Sequence[Event], Any], kept: Sequence[str]
+) -> None:
+    """Check all invariants of a *run* of *canvas* that is over, against one with *plain* tasks.
+
+    Both are a journal and an outcome; *kept* is what the store has by now.
+
+    Raises:
+        ViolationError: An invariant does not hold.
+    """
+    journal, result = run
+    for event in journal:
+        note(" ".join(str(event[name]) for name in ("what", "label", "session", "sessions", "how") if name in event))
+    check_ends(journal)
+    check_flow(canvas, journal)
+    check_same(plain, journal, result)
+    if kept:
+        raise ViolationError(f"the store keeps {kept}")
+
+
+def stored(client: Redis) -> list[str]:
+    """The keys of the store, without those that tell of workers."""
+    return [name for name in client.scan_iter("{mcp_celery}:*") if not re.search(":leader:|:tasks$", name)]
 
 
 def _between_gates(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -121,6 +121,13 @@ ERRBACKS = {
         ["in place ChordError"],  # Celery never ends the outer chord
         5,
     ),
+    "of a body with a step behind it, within what replaces a task": (
+        lambda s: s.replaced_by(
+            1, chain(chord([s.ends(0, "failure"), s.add(1, 1)], failed_by(s.total(), s.on_error())), s.add(1))
+        ),
+        ["in place ChordError"],
+        4,
+    ),
     "of an errback that fails itself": (
         lambda s: chain(s.add(1, 1), failed_by(s.ends("failure"), s.fails_on_error(), s.on_error()), s.add(1)),
         ["fails itself", IN_PLACE],
@@ -217,6 +224,13 @@ def test_the_errback_of_a_body_is_not_waited_for_where_a_member_of_the_header_is
     ignored = getattr(s, step)("ignore")
     chain(s.add(1, 1), chord([ignored, s.add(1)], failed_by(s.total(), s.on_error()))).apply_async()
     assert_sessions(project, 3 if step == "ends" else 2)
+
+
+def test_the_errback_of_a_body_is_not_waited_for_where_a_chord_in_the_header_fails_as_well(project, s):
+    inner = chord([s.ends_plainly("failure")], s.total())
+    # Celery does not tell the outer chord that the inner one has failed: it never ends.
+    chain(s.add(1, 1), chord([s.ends("failure"), inner], failed_by(s.total(), s.on_error()))).apply_async()
+    assert_sessions(project, 2)
 
 
 def test_an_errback_uses_a_session_that_lives_or_opens_its_own(project, s):
