@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import anyio
 import mcp_types as types
 from mcp import MCPError
-from mcp.shared.message import ClientMessageMetadata
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from .exceptions import MCPCeleryError, TransportError
@@ -101,9 +100,7 @@ async def _ping(session: AsyncMCPSession) -> tuple[float, bool]:
 
     began = time.perf_counter()
     try:
-        await session.client.session.send_request(
-            types.PingRequest(), types.EmptyResult, metadata=ClientMessageMetadata(on_resumption_token_update=note)
-        )
+        await session.ping(on_event_id=note)
     except MCPError as exc:
         # The stateless era has no ping. The refusal takes as long.
         if exc.code != types.METHOD_NOT_FOUND:

@@ -234,7 +234,8 @@ def _close(obj: Any, store: "Store", records: Sequence["SessionRecord"]) -> dict
 def reap(obj: Any, as_json: bool) -> None:
     """Do what the reaper of a worker does, once.
 
-    It ends sessions past their deadline, and pings those that were idle for the time of their server.
+    It ends sessions past their deadline, and pings those that were idle for the time of their server. The exit status
+    is 1 where that failed for any of them.
     """
     import anyio  # noqa: PLC0415 - as above
 
@@ -255,6 +256,9 @@ def reap(obj: Any, as_json: bool) -> None:
         _print_json(obj, counts)
     else:
         obj.echo(", ".join(f"{outcome} {count}" for outcome, count in counts.items()))
+    if counts["failed"]:
+        raise click.ClickException(f"Neither ended nor pinged: {counts['failed']}; workers try these again")
+    store.has_due()  # again: a sweep that lost the store has ended early
 
 
 # -- Servers

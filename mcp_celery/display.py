@@ -22,7 +22,7 @@ NAMED_HOLDERS = 3
 SESSION_HEADER = ("session", "server", "state", "opened by", "age", "idle", "deadline", "ended", "holders")
 HISTORY_HEADER = ("at", "took", "worker", "what")
 SERVER_HEADER = ("server", "url", "headers", "connect", "read", "keepalive", "problem")
-CHECK_HEADER = ("server", "reachable", "protocol", "session", "event store", "tools", "latency", "problem")
+CHECK_HEADER = ("server", "reachable", "protocol", "era", "session", "event store", "tools", "latency", "problem")
 
 
 # -- Sessions
@@ -131,11 +131,12 @@ def server_json(name: str, settings: ServerSettings | ConfigurationError) -> dic
 def check_row(check: "Check") -> tuple[str, ...]:
     """Return the cells under `CHECK_HEADER`."""
     if check.error is not None:
-        return (check.server, "no", "", "", "", "", "", check.error)
+        return (check.server, "no", "", "", "", "", "", "", check.error)
     return (
         check.server,
         "yes",
         check.protocol_version or "unknown",
+        check.era or "unknown",
         _answer(check.session),
         _answer(check.event_store),
         str(check.tools),

@@ -553,9 +553,17 @@ class AsyncMCPSession:
         """Complete an argument of a prompt or resource template: `argument` is `{"name": ..., "value": ...}`."""
         return await self._ask("completion/complete", lambda client: client.complete(ref, argument, context_arguments))
 
-    async def ping(self) -> None:
-        """Ask the server for a sign of life. It counts as use of the session."""
-        await self._ask("ping", lambda client: client.session.send_ping())
+    async def ping(self, *, on_event_id: Callable[[str], Awaitable[None]] | None = None) -> None:
+        """Ask the server for a sign of life. It counts as use of the session.
+
+        *on_event_id* is called with each event ID of the response, which servers with an event store give.
+        """
+        metadata = ClientMessageMetadata(on_resumption_token_update=on_event_id)
+
+        async def ping(client: Client) -> types.EmptyResult:
+            return await client.session.send_request(types.PingRequest(), types.EmptyResult, metadata=metadata)
+
+        await self._ask("ping", ping)
 
     # -- Within
 

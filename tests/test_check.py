@@ -6,6 +6,7 @@ import pytest
 import uvicorn
 from mcp.server.lowlevel import Server
 from processes import free_port
+from properties.quick_server import QuickServer
 
 from mcp_celery.check import check_all
 from mcp_celery.settings import ServerSettings
@@ -52,6 +53,23 @@ async def test_a_server_that_cannot_be_reached_or_refuses_says_why(recorded_peer
     recorder.drop(rpc_method="ping")
     assert "broke off" in (await look(recorder.url)).error
     assert recorder.methods()[-1] == "DELETE"
+
+
+async def test_a_server_that_answers_to_a_ping_with_what_is_not_mcp_says_why():
+    class Strange(QuickServer):
+        """Answers to a ping with what no result may be, and is right in everything else."""
+
+        def _answer(self, method, headers, body):
+            status, more, answer = super()._answer(method, headers, body)
+            if b'"ping"' in body:
+                answer["result"] = {"_meta": "strange"}
+            return status, more, answer
+
+    journal = []
+    with Strange(journal) as server:
+        check = await look(server.url)
+    assert check.error == "Server 'server' answered to ping with what is not MCP"
+    assert journal[-1]["what"] == "deleted"
 
 
 async def test_a_server_that_hangs_is_given_up_and_holds_nobody_up(recorded_peer, monkeypatch):

@@ -13,6 +13,7 @@ from celery import Celery
 from celery.bin.base import CLIContext
 from click.testing import CliRunner
 from processes import free_port, wait_until
+from redis import Redis
 
 from mcp_celery import MCPTask, SessionLostError
 from mcp_celery.cli import mcp
@@ -281,6 +282,37 @@ def test_a_sweep_ends_what_is_past_its_deadline_and_tells_the_counts(console, pe
     assert console.json("reap") == {"closed": 0, "pinged": 0, "lost": 0, "failed": 0}
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_sweep_that_fails_for_a_session_fails_as_a_whole_and_ends_the_others(console, peer, recorded_peer, as_json):
+    away = recorded_peer("python")
+    console.add_server("away", away.url)
+    console.app.conf.mcp_session_ttl_seconds = 0.01
+    handle, left = console.open_session(), console.open_session("away")
+    wait_until(lambda: all(record.deadline < time.time() for record in console.store.sessions()))
+    away.answer(http_method="DELETE", status=503)
+    outcome = console.run("reap", *["--json"] * as_json, exit_code=1)
+    counts = {"closed": 1, "pinged": 0, "lost": 0, "failed": 1}
+    assert json.loads(outcome.stdout) == counts if as_json else outcome.stdout == "closed 1, pinged 0, lost 0, failed 1\n"
+    assert outcome.stderr.splitlines()[-1] == "Error: Neither ended nor pinged: 1; workers try these again"
+    assert not is_alive(handle, peer.url)
+    assert [record.short_id for record in console.store.sessions()] == [left.short_id]
+
+
+def test_a_sweep_that_the_store_ends_early_fails(console, peer, valkey):
+    console.app.conf.mcp_session_ttl_seconds = 0.01
+    console.open_session()
+    wait_until(console.store.has_due)
+    with Redis.from_url(valkey) as client:
+        client.acl_setuser("looks", enabled=True, passwords=["+s3cret"], keys=["*"], commands=["+@all", "-hset"])
+        try:
+            console.app.conf.mcp_store_url = valkey.replace("redis://", "redis://looks:s3cret@")
+            console.secrets.append("s3cret")
+            assert "The store did not answer" in console.run("reap", exit_code=1).stderr
+        finally:
+            client.acl_deluser("looks")
+    assert peer.methods().count("DELETE") == 0
+
+
 # -- The store
 
 
@@ -345,9 +377,10 @@ def test_a_check_shows_what_each_server_does_and_fails_for_one_that_cannot_be_us
     console.app.conf.mcp_servers["local"] = {"command": "npx"}
     checked = console.run("servers", "--check", exit_code=1)
     rows = [re.split(r"  +", line) for line in checked.stdout.splitlines()]
-    assert rows[0] == ["server", "reachable", "protocol", "session", "event store", "tools", "latency", "problem"]
-    assert rows[1][:6] == ["peer", "yes", "2025-11-25", "yes", "yes", "9"]
-    assert re.fullmatch(r"[\d.]+ms", rows[1][6])
+    header = ["server", "reachable", "protocol", "era", "session", "event store", "tools", "latency", "problem"]
+    assert rows[0] == header
+    assert rows[1][:7] == ["peer", "yes", "2025-11-25", "handshake", "yes", "yes", "9"]
+    assert re.fullmatch(r"[\d.]+ms", rows[1][7])
     assert rows[2][:2] == ["nowhere", "no"]
     assert "could not be reached" in rows[2][2]
     assert rows[3][:2] == ["local", "no"]
