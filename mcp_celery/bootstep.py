@@ -26,9 +26,9 @@ from celery.worker import state as worker_state
 from celery.worker.control import inspect_command
 
 from .exceptions import ConfigurationError, StoreError
-from .execution import is_mcp_task
+from .known_tasks import is_mcp_task, usable_servers_of
 from .redis_store import PAUSE_SECONDS, get_store
-from .settings import Conf, ServerSettings, StoreSettings, places, reaper_settings, server_settings, store_settings
+from .settings import Conf, ServerSettings, StoreSettings, places, reaper_settings, store_settings
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Watch:
         if now - self._announced_at >= ANNOUNCEMENT_SECONDS:
             self._store.announce([name for name, task in list(self._worker.app.tasks.items()) if is_mcp_task(task)])
             self._announced_at = now
-            servers = known_servers(self._worker.app)
+            servers = usable_servers_of(self._worker.app)
             self._servers = places(servers)
             self._interval_seconds = interval_seconds(self._worker.app.conf, servers)
 
@@ -281,7 +281,7 @@ class ReaperProcess:
 
     def _configuration(self) -> bytes:
         """Return what the reaper has to know, credentials among it."""
-        servers = known_servers(self._app)
+        servers = usable_servers_of(self._app)
         configuration = {
             "store": asdict(self._lives),
             "servers": [asdict(server) for server in servers.values()],
@@ -316,24 +316,6 @@ def _log(line: bytes) -> None:
         logger.log(said["level"], "Reaper: %s", said["message"])
     else:
         logger.info("Reaper: %s", ", ".join(f"{outcome} {count}" for outcome, count in said.items()))
-
-
-def known_servers(app: Celery) -> dict[str, ServerSettings]:
-    """Return the servers that an app configures and those that its tasks name by URL, by what handles call them."""
-    configured = app.conf.get("mcp_servers") or {}
-    written = [*configured] if isinstance(configured, Mapping) else []
-    for task in list(app.tasks.values()):
-        if is_mcp_task(task):
-            written += task.server_names()
-    servers: dict[str, ServerSettings] = {}
-    for server in written:
-        try:
-            settings = server_settings(app.conf, server)
-        except ConfigurationError as exc:
-            logger.debug("The sessions of a server are left alone: %s", exc)
-        else:
-            servers.setdefault(settings.name, settings)
-    return servers
 
 
 def interval_seconds(conf: Conf, servers: Mapping[str, ServerSettings]) -> float:

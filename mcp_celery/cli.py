@@ -30,11 +30,11 @@ from .display import (
     session_row,
 )
 from .exceptions import ConfigurationError, MCPCeleryError, StoreError, TransportError
-from .handle import SessionHandle, server_name
+from .handle import SessionHandle
 from .history import History
+from .known_tasks import servers_of, usable_servers_of
 from .redis_store import HISTORY_LENGTH, get_store
 from .settings import ServerSettings, places, server_settings
-from .task import MCPTask
 
 if TYPE_CHECKING:
     from mcp_types import CallToolResult
@@ -258,7 +258,7 @@ def reap(obj: Any, as_json: bool) -> None:
         obj.echo(", ".join(f"{outcome} {count}" for outcome, count in counts.items()))
     if counts["failed"]:
         raise click.ClickException(f"Neither ended nor pinged: {counts['failed']}; workers try these again")
-    store.has_due()  # again: a sweep that lost the store has ended early
+    store.has_due(places(servers))  # again: a sweep that lost the store has ended early
 
 
 # -- Servers
@@ -273,7 +273,8 @@ def servers(obj: Any, is_check: bool, as_json: bool) -> None:
 
     Those of mcp_servers, and those that tasks name by URL.
     """
-    known = _servers(obj)
+    obj.app.loader.import_default_modules()
+    known = servers_of(obj.app)
     checks = _check(known) if is_check else {}
     if as_json:
         checked = {name: check_json(check) for name, check in checks.items()}
@@ -392,25 +393,9 @@ def _find(store: "Store", digits: str) -> "SessionRecord":
     return found[0]
 
 
-def _servers(obj: Any) -> dict[str, ServerSettings | ConfigurationError]:
-    """Return all servers that the app names, by what handles call them; for a wrong one what is wrong."""
-    app = obj.app
-    app.loader.import_default_modules()
-    configured = app.conf.get("mcp_servers") or {}
-    if not isinstance(configured, Mapping):
-        server_settings(app.conf, "")  # raises
-    by_tasks = [name for task in app.tasks.values() if isinstance(task, MCPTask) for name in task.server_names()]
-    known: dict[str, ServerSettings | ConfigurationError] = {}
-    for server in [*configured, *by_tasks]:
-        try:
-            known.setdefault(server_name(server), server_settings(app.conf, server))
-        except ConfigurationError as exc:
-            known.setdefault(server_name(server), exc)
-    return known
-
-
 def _usable_servers(obj: Any) -> dict[str, ServerSettings]:
-    return {name: settings for name, settings in _servers(obj).items() if isinstance(settings, ServerSettings)}
+    obj.app.loader.import_default_modules()
+    return usable_servers_of(obj.app)
 
 
 # -- Output

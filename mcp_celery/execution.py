@@ -6,172 +6,37 @@ timeout of its server.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import uuid
-from celery.app.task import Context
-from kombu.exceptions import EncodeError
 
+from .eager import shared_now, warn_of_eager
 from .exceptions import ConfigurationError, MCPCeleryError, StoreError, SupersededError
 from .handle import SessionHandle, server_name
+from .known_tasks import journal_id, of_server, settings_of, settings_of_journal, warn_of_store
 from .redis_store import get_store
-from .settings import Conf, JournalSettings, ServerSettings, journal_settings, server_settings
-from .store import Change, Leaving, Standing, Store, process_name
+from .settings import Conf, JournalSettings, server_settings
+from .store import Change, Leaving, Standing, Store
 from .sync_session import MCPSession, SyncJournal, new_journal, new_session
-from .workflow import Ahead, Canvas, Carried, Given, Signature, bind, carried, read
+from .workflow import Ahead, Canvas, Carried, Signature, bind, carried
 
 logger = logging.getLogger(__name__)
 
-#: A message that cannot be made: wrong arguments, or a value that no serializer takes.
-REFUSED = (TypeError, EncodeError)
-
-#: For how long a process remembers which MCP tasks other workers have.
-KNOWN_SECONDS = 30.0
 #: How long Celery can hold a claim on a chord: two attempts to read results, or all attempts to publish.
 CLAIM_SECONDS = 60.0
 CLAIM_POLL_SECONDS = 0.5
-#: Members of a group that are given the same session are published within this time of each other.
-GROUP_SECONDS = 5.0
-
-
-class _Shared(NamedTuple):
-    """What eager tasks of an app share."""
-
-    app: Any
-    #: By server: a task that has used the session, and its handle.
-    sessions: dict[str, tuple[Any, SessionHandle]]
-
-
-_shared_by_eager: ContextVar[_Shared | None] = ContextVar("mcp_celery_shared_by_eager", default=None)
 
 
 def execution_of(request: Any) -> "Execution | None":
     """Return the execution under way in *request*, if it is that of an MCP task."""
     execution: Execution | None = getattr(request, "mcp_execution", None)
     return execution
-
-
-def brought_by(request: Any) -> Carried:
-    """Return the sessions that came with the message of *request*.
-
-    Raises:
-        SessionHandleError: One of the handles cannot be read.
-    """
-    given = getattr(request, "mcp_session", None)
-    return read(given.value) if isinstance(given, Given) else Carried()
-
-
-def canvas_of(app: Any) -> Canvas:
-    """Return what finds the MCP tasks of *app* in a canvas."""
-
-    def is_mcp(name: str) -> bool:
-        task = app.tasks.get(name)
-        # Celery's own are in every worker.
-        return is_mcp_task(task) if task is not None or name.startswith("celery.") else name in _announced(app)
-
-    return Canvas(is_mcp)
-
-
-def is_mcp_task(task: object) -> bool:
-    """Whether *task* takes sessions; `MCPTask` is told by its options, since it stands above this module."""
-    return hasattr(task, "mcp_servers")
-
-
-#: By store: when it was asked last, and what was said.
-_known: dict[Store, tuple[float, frozenset[str]]] = {}
-
-
-def _announced(app: Any) -> frozenset[str]:
-    """Return the names of the MCP tasks that other workers have, so far as a store knows them."""
-    names: frozenset[str] = frozenset()
-    try:
-        store = get_store(app.conf)
-        if store is None:
-            return names
-        asked, names = _known.get(store, (-math.inf, names))
-        if time.monotonic() - asked > KNOWN_SECONDS:
-            _known[store] = (time.monotonic(), names)  # also where it does not answer
-            names = store.announced()
-            _known[store] = (time.monotonic(), names)
-    except (ConfigurationError, StoreError) as exc:
-        logger.debug("%s", exc)
-    return names
-
-
-@contextmanager
-def hold_given(task: Any, brought: Carried, task_id: str, *, in_group: bool) -> Iterator[Carried]:
-    """Count a task that is being published among the holders of the sessions that a user has given it.
-
-    The same handle may be on its way to other tasks. Where the message cannot be sent, nothing was counted.
-    """
-    conf, counted = task.app.conf, [replace(handle, shared=True) for handle in brought.given]
-    store = None if conf.task_always_eager else get_store(conf)
-    if not counted or store is None:
-        yield brought
-        return
-
-    def change(handle: SessionHandle, change: Change) -> None:
-        try:
-            if handle.session_id is not None:
-                store.change(handle, change)
-        except StoreError as exc:
-            _warn_of_store(str(exc))
-
-    joining = Change(
-        joining={task_id: task.name},
-        create=True,
-        # The other members of a group are published one by one, and this one may have ended before.
-        settling_seconds=GROUP_SECONDS if in_group else 0,
-    )
-    for handle in counted:
-        change(handle, replace(joining, **_of_server(task, handle)))
-    try:
-        yield Carried(handles=[*brought.handles, *counted], holder=task_id, at=time.time())
-    except BaseException:
-        for handle in counted:
-            change(handle, Change(leaving=[task_id], may_return=True, when_empty=Leaving.DETACH))
-        raise
-
-
-def bind_errbacks(task: Any, request: Any) -> None:
-    """Bind the sessions of a task that has died into its errbacks, before Celery calls them."""
-    errbacks = canvas_of(task.app).errbacks_of(request)
-    if not errbacks:
-        return
-    held = {handle.key: handle for handle in brought_by(request).handles}
-    try:
-        store = get_store(task.app.conf)
-        if store is not None:
-            held |= {handle.key: handle for handle in store.held_by(request.id)}
-    except (ConfigurationError, StoreError) as exc:
-        logger.debug("%s", exc)
-    for handle in held.values():
-        bind(handle, errbacks, f"{journal_id(request)}/failed")
-
-
-def journal_id(request: Any) -> str:
-    """Return what the journal of an execution goes by. What replaces a task has the same ID, and other calls."""
-    nesting = request.get("replaced_task_nesting") or 0
-    return f"{request.id}.{nesting}" if nesting else str(request.id)
-
-
-def settings_of_journal(task: Any) -> JournalSettings | None:
-    """Return how *task* keeps its journal; None where it is not durable.
-
-    Raises:
-        ConfigurationError: An option is wrong.
-    """
-    options = (getattr(task, name, None) for name in ("mcp_durable", "mcp_on_interrupted"))
-    return journal_settings(task.app.conf, *options)
 
 
 def wait_for_claim(task: Any, request: Any) -> None:
@@ -194,52 +59,10 @@ def wait_for_claim(task: Any, request: Any) -> None:
         logger.debug("It is not known whether a chord is claimed (%s)", type(exc).__name__)
 
 
-def release_journal(task: Any, request: Any, pid: int) -> None:
-    """Give the journal of a task whose process is gone to its next execution at once."""
-    try:
-        store = get_store(task.app.conf)
-        if store is not None:
-            store.release_journal(journal_id(request), process_name(pid))
-    except (ConfigurationError, StoreError) as exc:
-        logger.debug("%s", exc)
-
-
-def never_runs(task: Any, request: Any, *, are_errbacks_called: bool = True) -> None:
-    """Have a task, and what would have followed it, hold no sessions. For a worker's main process: no MCP I/O."""
-    canvas = canvas_of(task.app)
-    hopeless = canvas.hopeless_after(request)
-    lost = {holder for _, holders in carried([*hopeless.tasks, *hopeless.untold]) for holder in holders}
-    own = canvas.errbacks_of(request) if are_errbacks_called else []
-    errbacks = carried([*own, *hopeless.errbacks])
-    try:
-        store = get_store(task.app.conf)
-        if store is not None:
-            for handle, holders in errbacks:
-                store.change(handle, Change(joining=holders))
-            store.abandon([request.id, *lost])
-    except (ConfigurationError, StoreError) as exc:
-        logger.debug("%s", exc)
-        _warn_of_store(str(exc))
-
-
-def never_published(task: Any, holder: str, options: Mapping[str, Any]) -> None:
-    """Have a task whose message was refused, and the bodies of the chords that wait for it, hold no sessions."""
-    waiting = canvas_of(task.app).hopeless_after(Context(chord=options.get("chord"), chain=options.get("chain")))
-    _abandon(task, [holder, *(never for _, holders in carried(waiting.tasks) for never in holders)])
-
-
-def _abandon(task: Any, holders: Sequence[str]) -> None:
-    try:
-        store = get_store(task.app.conf)
-        if store is not None:
-            store.abandon(holders)
-    except (ConfigurationError, StoreError) as exc:
-        logger.debug("%s", exc)
-        _warn_of_store(str(exc))
-
-
 class Execution:
-    """Belongs to `request`, so to one thread; the methods of a `Ledger` are called from others, while that one waits.
+    """What a task does with its sessions while it runs, and when it ends; the `Ledger` of those sessions.
+
+    Belongs to `request`, so to one thread; the methods of a `Ledger` are called from others, while that one waits.
 
     Args:
         task: The MCP task that names the servers.
@@ -255,7 +78,7 @@ class Execution:
         self._holder = brought.holder or request.id or uuid()
         self._bound_at = brought.at
         self._started = time.time()
-        shared = _shared_by_eager.get() if request.is_eager or request.called_directly else None
+        shared = shared_now.get() if request.is_eager or request.called_directly else None
         #: What eager tasks share, or None where each has its own session.
         self._eager = shared.sessions if shared is not None and shared.app is task.app else None
         #: By server: what came with the message. Sessions of servers that this task does not use are passed on.
@@ -404,8 +227,8 @@ class Execution:
 
     def opened(self, handle: SessionHandle) -> None:
         """Record a session before its first call."""
-        if self._request.is_eager and _shared_by_eager.get() is None:
-            _warn_of_eager()
+        if self._request.is_eager and shared_now.get() is None:
+            warn_of_eager()
         self._hold(handle)
 
     def closed(self, handle: SessionHandle) -> None:
@@ -582,7 +405,7 @@ class Execution:
         shared = replace(handle, shared=True)
         if handle.session_id is not None and (bound := self._bind(shared, ahead.tasks, ahead.errbacks, kind)):
             self._shared.setdefault(handle.key, []).extend(bound.values())
-            change = Change(joining=bound, **_of_server(self._task, handle))
+            change = Change(joining=bound, **of_server(self._task, handle))
             self._warn_if_uncounted(handle, self._change(handle, change))
 
     def _warn_if_uncounted(self, handle: SessionHandle, standing: Standing | None) -> None:
@@ -599,13 +422,13 @@ class Execution:
             create=not handle.shared,
             events=[event] if is_opened_here else [],
             opened_by={name: event[name] for name in ("task", "id", "worker")} if is_opened_here else None,
-            **_of_server(self._task, handle),
+            **of_server(self._task, handle),
         )
         self._change(handle, change)
 
     def _hold_if_alive(self, handle: SessionHandle) -> None:
         """Join the holders of a session; where it has ended meanwhile, this execution has none of that server."""
-        joining = Change(joining={self._holder: self._task.name}, **_of_server(self._task, handle))
+        joining = Change(joining={self._holder: self._task.name}, **of_server(self._task, handle))
         if self._change(handle, joining) in {Standing.ENDED, Standing.UNCOUNTED}:
             self._change(handle, Change(leaving=[self._holder]))
             self._given.pop(handle.server, None)
@@ -633,7 +456,7 @@ class Execution:
         try:
             session = self._sessions.get(handle.server)
             if session is None or session.handle is None or session.handle.key != handle.key:
-                settings = _settings_of(self._task, handle)
+                settings = settings_of(self._task, handle)
                 session = self._sessions[handle.server] = new_session(settings, handle, ledger=self)
             session.close()
         except (MCPCeleryError, SoftTimeLimitExceeded) as exc:
@@ -663,9 +486,9 @@ class Execution:
             answer = question(store)
         except StoreError as exc:
             logger.debug("%s", exc)
-            _warn_of_store(str(exc))
+            warn_of_store(str(exc))
             return None
-        _warn_of_store.cache_clear()
+        warn_of_store.cache_clear()
         return answer
 
     def _change(self, handle: SessionHandle, change: Change) -> Standing | None:
@@ -713,48 +536,13 @@ class Execution:
             when_empty=when_empty,
             create=not handle.shared and handle.key not in self._recovered,
             events=[step],
-            **_of_server(self._task, handle),
+            **of_server(self._task, handle),
         )
-
-
-def _settings_of(task: Any, handle: SessionHandle) -> ServerSettings:
-    """Return the settings of the server of *handle*, as *task* writes it: a URL may have credentials there."""
-    names = task.server_names() if is_mcp_task(task) else ()
-    written = next((name for name in names if server_name(name) == handle.server), handle.server)
-    return server_settings(task.app.conf, written)
-
-
-def _of_server(task: Any, handle: SessionHandle) -> dict[str, Any]:
-    """Return what a `Change` says of the server of *handle*."""
-    try:
-        settings = _settings_of(task, handle)
-    except ConfigurationError:  # of a server that another worker knows
-        return {}
-    return {"keepalive_seconds": settings.keepalive_seconds, "place": settings.place}
 
 
 def _is_uncounted(standing: Standing | None) -> bool:
     """Whether the store cannot say who holds a session. Then one that is not shared is its holder's alone."""
     return standing in {None, Standing.UNCOUNTED}
-
-
-@contextmanager
-def shared_by_eager(app: Any) -> Iterator[None]:
-    """Have eager tasks, and tasks called as functions, share one session a server; end them at the end."""
-    shared = _Shared(app, {})
-    token = _shared_by_eager.set(shared)
-    try:
-        yield
-    finally:
-        _shared_by_eager.reset(token)
-        for task, handle in shared.sessions.values():
-            session = new_session(_settings_of(task, handle), handle)
-            try:
-                session.close()
-            except MCPCeleryError as exc:
-                logger.warning("A session is left to the idle timeout of its server: %s", exc)
-            finally:
-                session.release()
 
 
 @cache
@@ -764,21 +552,4 @@ def _warn_of_uncounted(server: str) -> None:
         "A session of server %r goes on in several branches of a workflow, and no store counts who still holds it: "
         "it is left to the idle timeout of the server",
         server,
-    )
-
-
-@cache
-def _warn_of_eager() -> None:
-    """Once a process."""
-    logger.warning(
-        "An eager task opens and closes an MCP session of its own, also in a chain; within "
-        "mcp_celery.testing.eager_sessions(app) eager tasks share one"
-    )
-
-
-@cache
-def _warn_of_store(problem: str) -> None:
-    """Once a process and problem, until the store has answered again."""
-    logger.warning(
-        "%s: tasks go on; sessions that cannot be counted are left to the reaper or to their servers", problem
     )

@@ -18,8 +18,10 @@ from celery.signals import (
 from celery.states import IGNORED, REJECTED
 from kombu.exceptions import EncodeError
 
-from .execution import REFUSED, Execution, brought_by, canvas_of, execution_of, is_mcp_task, never_runs
+from .execution import Execution, execution_of
+from .known_tasks import brought_by, canvas_of, is_mcp_task
 from .portal import close_portal
+from .unexecuted import REFUSED, never_runs
 from .workflow import KEY, MAPS, Carried, Given, carried
 
 #: What a worker's main process says of a task whose own process is gone, or was ended by it.

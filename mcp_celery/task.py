@@ -10,10 +10,12 @@ from celery.exceptions import Ignore, Reject, Retry, TaskPredicate
 
 from . import results, signals  # noqa: F401 - they hook into Celery
 from .exceptions import ConfigurationError, SessionHandleError, SupersededError
-from .execution import REFUSED, Execution, brought_by, canvas_of, execution_of, hold_given, never_published
+from .execution import Execution, execution_of
 from .handle import SessionHandle, server_name
+from .known_tasks import brought_by, canvas_of
 from .redis_store import get_store
 from .sync_session import MCPSession
+from .unexecuted import REFUSED, hold_given, never_published
 from .workflow import KEY, MAPS, Given, read, shown
 
 

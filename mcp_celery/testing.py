@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .execution import shared_by_eager
+from .eager import shared_by_eager
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from billiard.exceptions import WorkerLostError
 from celery.app.task import Context
 from celery.worker.request import Request
 
-from .execution import bind_errbacks, never_runs, release_journal, settings_of_journal
+from .known_tasks import settings_of_journal
+from .unexecuted import bind_errbacks, never_runs, release_journal
 from .workflow import KEY, Given, redacted, shown
 
 #: Celery prints whole messages there: at DEBUG what goes to the pool, at ERROR a message whose task is not registered.

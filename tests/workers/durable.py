@@ -15,7 +15,7 @@ from redis import Redis
 # Many processes are killed here, and those that come after them need not load the SDK anew.
 import mcp_celery.session  # noqa: F401
 from mcp_celery import MCPTask, TransportError, journal
-from mcp_celery.execution import journal_id
+from mcp_celery.known_tasks import journal_id
 
 #: By name: the URL of a server, and its kind, as `calls` takes it.
 SERVERS = json.loads(os.environ["SERVERS"])

@@ -15,7 +15,7 @@ from processes import free_port, wait_until
 from redis import Redis
 
 from mcp_celery import SessionLostError
-from mcp_celery.bootstep import known_servers
+from mcp_celery.known_tasks import usable_servers_of
 from mcp_celery.redis_store import get_store
 from mcp_celery.settings import places
 
@@ -72,7 +72,7 @@ class Reaped:
     @property
     def servers(self):
         """What its workers ask the store for."""
-        return places(known_servers(self.app))
+        return places(usable_servers_of(self.app))
 
     def leader(self):
         """Which worker leads, if any."""
