@@ -258,7 +258,7 @@ def reap(obj: Any, as_json: bool) -> None:
         obj.echo(", ".join(f"{outcome} {count}" for outcome, count in counts.items()))
     if counts["failed"]:
         raise click.ClickException(f"Neither ended nor pinged: {counts['failed']}; workers try these again")
-    store.has_due()  # again: a sweep that lost the store has ended early
+    store.has_due(places(servers))  # again: a sweep that lost the store has ended early
 
 
 # -- Servers

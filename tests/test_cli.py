@@ -301,7 +301,7 @@ def test_a_sweep_that_fails_for_a_session_fails_as_a_whole_and_ends_the_others(c
 def test_a_sweep_that_the_store_ends_early_fails(console, peer, valkey):
     console.app.conf.mcp_session_ttl_seconds = 0.01
     console.open_session()
-    wait_until(console.store.has_due)
+    wait_until(lambda: console.store.has_due({"peer": ""}))
     with Redis.from_url(valkey) as client:
         client.acl_setuser("looks", enabled=True, passwords=["+s3cret"], keys=["*"], commands=["+@all", "-hset"])
         try:
