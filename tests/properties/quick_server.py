@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import uuid
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any, Protocol, Self
 
@@ -29,12 +30,13 @@ class QuickServer:
     """Listens on a free port of 127.0.0.1 between `__enter__` and `__exit__`.
 
     What it is asked goes to `journal`, in order: `{"what": "opened" | "used" | "deleted" | "refused", "session": the
-    short form of its ID}`. "refused" is any request in a session that it does not know, or no longer.
+    short form of its ID}`. "refused" is any request in a session that it does not know, or no longer. It knows
+    *sessions* from the beginning.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, sessions: Iterable[str] = ()) -> None:
         self._journal = journal
-        self._sessions: set[str] = set()
+        self._sessions = set(sessions)
         self._started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="quick server", daemon=True)
 

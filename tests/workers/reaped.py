@@ -1,11 +1,15 @@
 """An app whose sessions do not live long. Everything that differs comes from the environment."""
 
+import atexit
 import json
 import os
+import sys
+import threading
 import time
 from functools import partial
 
 from celery import Celery
+from celery.signals import worker_init
 
 from mcp_celery import MCPTask
 
@@ -24,6 +28,18 @@ app.conf.update(
     broker_transport_options={"socket_keepalive": True},
 )
 app.conf.update(json.loads(os.environ.get("CONF", "{}")))
+
+
+@worker_init.connect
+def show_threads_at_the_end(**_):
+    """Have the worker's main process say which threads are left when it ends, after all of Celery's own endings."""
+
+    def show():
+        names = [thread.name for thread in threading.enumerate()]
+        print("threads left:", *names, sep="\n\t", file=sys.__stdout__)
+
+    atexit.register(show)
+
 
 # Each test imports this module anew, and shared tasks would meet their namesakes.
 task = partial(app.task, shared=False, bind=True, base=MCPTask, mcp_server="peer")

@@ -12,12 +12,15 @@ import psutil
 import pytest
 from celery import chain
 from processes import free_port, wait_until
+from properties.quick_server import QuickServer
 from redis import Redis
 
-from mcp_celery import SessionLostError
+from mcp_celery import SessionHandle, SessionLostError
+from mcp_celery.handle import short_hash
 from mcp_celery.known_tasks import usable_servers_of
-from mcp_celery.redis_store import get_store
-from mcp_celery.settings import places
+from mcp_celery.redis_store import RedisStore, get_store
+from mcp_celery.settings import StoreSettings, places
+from mcp_celery.store import Change
 
 DATABASE = 4
 POOLS = [("prefork",), ("solo",), ("threads", "-c", "2")]
@@ -64,6 +67,13 @@ class Reaped:
         steps = chain(self.tasks.remember.s("1").set(queue=queue), self.tasks.recall.s().set(queue="nobody"))
         steps.apply_async().parent.get(timeout=20)
         return next(record for record in self.store.sessions() if record.key not in known)
+
+    def expire(self, session_ids):
+        """Have the store hold sessions that are past their deadline."""
+        store = RedisStore(StoreSettings(url=self.app.conf.broker_url, session_ttl_seconds=0.001))
+        for session_id in session_ids:
+            handle = SessionHandle("peer", session_id, {"protocolVersion": "2025-11-25", "capabilities": {}})
+            store.change(handle, Change(joining={"id": "task"}, create=True))
 
     def count(self, name):
         """How many requests there were, such as "DELETE"."""
@@ -124,6 +134,13 @@ def reapers(*workers):
 
 def bad_lines(worker):
     return [line for line in worker.log().splitlines() if BAD.search(line)]
+
+
+def threads_left(worker):
+    """The threads of this package that a worker's main process had at the very end."""
+    _, told, names = worker.log().partition("threads left:\n")
+    assert "MainThread" in names, f"it has told: {told!r}"
+    return re.findall(r"^\t(.*mcp_celery.*)", names, re.MULTILINE)
 
 
 # Between two steps
@@ -210,6 +227,27 @@ def test_a_worker_that_may_not_lead_keeps_the_sessions_of_its_tasks_and_ends_non
     app.ended(record)
 
 
+def test_thousands_of_expired_sessions_are_ended_once_each_and_hold_no_task_up(start):
+    ids = [f"{number:032x}" for number in range(2000)]
+    expired = {short_hash(session_id) for session_id in ids}
+    journal = []
+    with QuickServer(journal, ids) as server:
+        app = start(mcp_servers={"peer": {"url": server.url}})
+        app.expire(ids)
+        worker = app.start_worker("a")
+        wait_until(lambda: journal, 20, "the sweep")
+        results = [task.delay("x") for task in (app.tasks.plain, app.tasks.echo) * 5]
+        assert [result.get(timeout=30) for result in results[1::2]] == ["x"] * 5
+        assert [result.get(timeout=30)[0] for result in results[::2]] == ["x"] * 5
+        swept_meanwhile = sum(event["session"] in expired for event in journal)
+        wait_until(lambda: not list(app.store.sessions()), 60, "the end of the sweep")
+    assert 0 < swept_meanwhile < len(ids)
+    sweep = [(event["what"], event["session"]) for event in journal if event["session"] in expired]
+    assert sorted(sweep) == [("deleted", session) for session in sorted(expired)]
+    assert [event["session"] in expired for event in journal][-1], "the sessions of the tasks have ended before"
+    assert bad_lines(worker) == []
+
+
 # Who leads
 
 
@@ -248,6 +286,7 @@ def test_a_warm_shutdown_ends_the_reaper_and_leaves_nothing(start, pool):
     worker.stop()
     assert worker.returncode == 0
     assert not is_reaper(reaper)
+    assert threads_left(worker) == []
     assert bad_lines(worker) == []
 
 
@@ -256,6 +295,7 @@ def test_a_warm_shutdown_right_after_the_start_leaves_nothing(start):
     worker = app.start_worker("a")
     worker.stop()
     assert worker.returncode == 0
+    assert threads_left(worker) == []
     assert bad_lines(worker) == []
 
 
@@ -286,6 +326,7 @@ def test_a_soft_shutdown_ends_the_reaper_and_leaves_nothing(start):
     wait_until(lambda: not worker.running, 20, "the end of the worker")
     assert result.get(timeout=10) == "kept"
     assert not is_reaper(reaper)
+    assert threads_left(worker) == []
     assert bad_lines(worker) == []
 
 

@@ -12,6 +12,7 @@ from processes import free_port, wait_until
 from redis import Redis
 from test_chain import CALL, on
 from test_peers_and_pools import start  # noqa: F401 - a fixture
+from test_reaper_in_workers import reapers
 
 from mcp_celery import SessionHandle
 from mcp_celery.redis_store import RedisStore
@@ -192,9 +193,17 @@ def test_a_store_that_was_away_for_long_does_not_end_the_session_of_a_task_that_
     result = on(flow, "a", "b", "a").apply_async()
     project.recorder.wait_for(lambda exchange: exchange.name == CALL and exchange.rpc_params["name"] == "slow")
     (record,) = wait_until(lambda: [record for record in store.records() if len(record.holders) == 1])
+    other, runs_it = project.workers
     store.stop()
+    wait_until(lambda: all("neither renews nor ends" in log for log in project.logs().values()), what="the workers")
     wait_until(lambda: time.time() > record.deadline, what="the deadline of the session")
+    # The worker that runs the task is the last one to find the store again.
+    os.kill(runs_it.pid, signal.SIGSTOP)
     store.start()
+    wait_until(lambda: "answers again" in project.logs()[other.name], 20, "the worker that leads")
+    os.kill(runs_it.pid, signal.SIGCONT)
+    wait_until(lambda: store.records()[0].deadline > time.time(), what="the renewal of the session")
+    assert reapers(*project.workers) == [], "none is started before all workers have had the time to renew"
     assert result.get(timeout=30)[0]["value"] == READ
     project.rest()
     assert ends(project)[0] == 200
