@@ -309,7 +309,8 @@ return {a.session, redis.call('HGET', record, 'handle'), redis.call('HGET', reco
 """
 _CLAIM_JOURNAL = """
 local journal = key('journal', a.task)
-local found = redis.call('HMGET', journal, 'done', 'owner', 'until')
+local found = redis.call('HMGET', journal, 'done', 'owner', 'until', 'v')
+if found[4] and tonumber(found[4]) ~= a.v then return {'unknown'} end
 if found[1] then return {'done'} end
 if found[2] and found[2] ~= a.owner and tonumber(found[3]) > now then return {'held'} end
 redis.call('HSET', journal, 'v', a.v, 'owner', a.owner, 'until', now + a.lease)
@@ -477,6 +478,8 @@ class RedisStore:
     def claim_journal(self, task_id: str, owner: str, lease_seconds: float) -> Claim:
         """See `JournalStore.claim_journal`."""
         standing, *rest = self._run(_CLAIM_JOURNAL, v=VERSION, task=task_id, owner=owner, lease=lease_seconds)
+        if standing == "unknown":
+            raise JournalError("The journal of this task is of another version: have all workers use one release")
         flat = rest[0] if rest else []
         return Claim(standing, dict(zip(flat[::2], flat[1::2], strict=True)))
 
@@ -662,15 +665,15 @@ def _without_provider(url: str) -> tuple[str, str | None]:
 
 _PROVIDER = re.compile(r"([?&])credential_provider=([^&;]*)&?")
 
-_FIELDS = ("server", "state", "opened_at", "opened_by", "used_at", "ended_at")
+_FIELDS = ("v", "server", "state", "opened_at", "opened_by", "used_at", "ended_at")
 
 
 def _record(
     key: str, fields: Sequence[str | None], holders: Mapping[str, str], deadline: float | None
 ) -> SessionRecord | None:
-    server, state, opened_at, opened_by, used_at, ended_at = fields
-    if server is None or state is None:
-        return None
+    version, server, state, opened_at, opened_by, used_at, ended_at = fields
+    if version != str(VERSION) or server is None or state is None:
+        return None  # gone, or of a release of this package that lists it as well
     return SessionRecord(
         key=key,
         server=server,

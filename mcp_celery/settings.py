@@ -320,7 +320,9 @@ def _seconds(name: str, key: str, value: object) -> float:
 
 
 def _seconds_or_never(name: str, key: str, value: object) -> float:
-    return 0.0 if value == 0 and not isinstance(value, bool) else _seconds(name, key, value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ConfigurationError(f"MCP server {name!r}: {key!r} is a number of seconds, or 0 for never")
+    return float(value)
 
 
 def _text(name: str, key: str, value: object) -> str:

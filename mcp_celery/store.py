@@ -122,7 +122,11 @@ class JournalStore(Protocol):
     """
 
     def claim_journal(self, task_id: str, owner: str, lease_seconds: float) -> Claim:
-        """Take the lease, or say who has it."""
+        """Take the lease, or say who has it.
+
+        Raises:
+            JournalError: The journal is of another version.
+        """
         ...
 
     def write_journal(self, task_id: str, owner: str, fields: Mapping[str, str], lease_seconds: float) -> bool:

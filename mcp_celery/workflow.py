@@ -22,6 +22,9 @@ from .handle import SessionHandle
 #: The reserved keyword argument by which handles travel: what `Carried.to_json` gives, or handles given by a user.
 KEY = "mcp_session"
 
+#: Of what `Carried.to_json` gives.
+VERSION = 1
+
 #: Celery's own tasks that call a task for each item of a list, in one process.
 MAPS = frozenset({"celery.map", "celery.starmap"})
 _CHUNKS = "celery.chunks"
@@ -57,7 +60,7 @@ class Carried:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON types, which every serializer of Celery takes."""
-        wire: dict[str, Any] = {"handles": [handle.to_json() for handle in self.handles]}
+        wire: dict[str, Any] = {"v": VERSION, "handles": [handle.to_json() for handle in self.handles]}
         if self.given:
             wire["given"] = [handle.to_json() for handle in self.given]
         if self.holder is not None:
@@ -96,6 +99,11 @@ def read(value: Any) -> Carried:
     if value is None:
         return Carried()
     if isinstance(value, Mapping) and "handles" in value:
+        if value.get("v", VERSION) != VERSION:
+            raise SessionHandleError(
+                f"The session handles of a message are of version {value['v']!r}, and this package reads {VERSION}: "
+                "have workers and publishers use one release of mcp_celery"
+            )
         try:
             handles, given = (list(map(SessionHandle.load, value.get(name, ()))) for name in ("handles", "given"))
             return Carried(

@@ -66,6 +66,10 @@ ENDS = {
     # The process of the task is killed since it took too long.
     "past the hard time limit": (lambda s: chain(s.ends("stick").set(time_limit=1), s.add(1)), 2),
     "plain task past the hard time limit": (lambda s: chain(s.ends_plainly("stick").set(time_limit=1), s.add(1)), 1),
+    "past the hard time limit, and acknowledged late": (
+        lambda s: chain(s.ends_once("stick").set(time_limit=1), s.add(1)),
+        2,
+    ),
     "past the hard time limit with an errback": (
         lambda s: failed_by(s.ends("stick").set(time_limit=1), s.on_error()),
         3,
@@ -158,11 +162,11 @@ def test_a_session_ends_though_no_task_function_sees_the_end(unseen, name):
     assert_well_kept(unseen.recorder, session_id)
 
 
-def test_a_session_that_a_killed_task_had_opened_ends_though_its_second_delivery_opens_another(unseen):
-    named = {session_named(unseen.recorder, name) for name in [*ENDS, SECOND]}
-    others = [session_id for session_id in unseen.recorder.session_ids if session_id not in named]
-    (first,) = [other for other in others if "kill" in texts_of(exchanges_of(unseen.recorder, other))]
-    assert_well_kept(unseen.recorder, first)
+def test_a_session_that_a_killed_task_had_opened_is_gone_on_with_by_its_second_delivery(unseen):
+    session_id = session_named(unseen.recorder, SECOND)
+    assert texts_of(exchanges_of(unseen.recorder, session_id)) == ["kill", "kill"]
+    assert_well_kept(unseen.recorder, session_id)
+    assert set(unseen.recorder.session_ids) == {session_named(unseen.recorder, name) for name in [*ENDS, SECOND]}
 
 
 def test_the_history_of_each_session_says_once_that_it_was_closed(unseen):
