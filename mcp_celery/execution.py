@@ -256,7 +256,8 @@ class Execution:
             self._wait_for_claim()
 
     def _wait_for_claim(self) -> None:
-        if self._journal is not None and (self._request.delivery_info or {}).get("redelivered"):
+        redelivered = (self._request.delivery_info or {}).get("redelivered")
+        if self._journal is not None and (redelivered or self._journal.journal.is_continued):
             wait_for_claim(self._task, self._request)
 
     def bind_replacement(self, signature: Signature) -> None:

@@ -11,6 +11,7 @@ from mcp import Client
 from mcp.shared.message import ClientMessageMetadata, SessionMessage
 from mcp_types import JSONRPCNotification, JSONRPCRequest
 
+from mcp_celery.exchange import read_token
 from mcp_celery.transport import resumable_http
 
 CALLS = 100
@@ -169,6 +170,7 @@ async def test_a_call_goes_on_without_its_client_unless_it_is_cancelled(recorded
             await write.send(SessionMessage(cancellation))
             sent = await seen(recorder, is_cancellation)
             assert sent.rpc_params == {"requestId": (await seen(recorder, is_call)).rpc_id, "reason": "enough"}
-    rest = await rest_of(recorder.url, handle, tokens[0], 1.2)
+    event_id, _ = read_token(tokens[0])
+    rest = await rest_of(recorder.url, handle, event_id, 1.2)
     assert "step 1" in rest
     assert ("done" in rest) is not is_cancelled

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from arena import Arena, Running
-from faults import FAULTS, INTERRUPTED
+from outages import FAULTS, INTERRUPTED
 from points import AT_A_MEMBER, AT_THE_FIRST_STEP, AT_THE_LAST_STEP, IN_FLIGHT, IN_MAIN, POINTS
 from workload import Workflow
 

@@ -13,7 +13,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 
 from arena import SERVERS, Arena  # noqa: E402 - found by the lines above
 from campaign import Campaign, Figures, table  # noqa: E402 - as above
-from faults import AT_ANY_TIME, FAULTS  # noqa: E402 - as above
+from outages import AT_ANY_TIME, FAULTS  # noqa: E402 - as above
 from points import IN_MAIN, POINTS  # noqa: E402 - as above
 
 
