@@ -77,15 +77,22 @@ class TransportError(MCPCeleryError):
         server: The configured name of the server.
         status: The HTTP status, where there was an answer.
         sent: False when the request cannot have reached the server.
+        cancelled: True when nobody waited any longer, and the server was told so.
     """
 
     def __init__(
-        self, message: str = "", server: str | None = None, status: int | None = None, sent: bool = True
+        self,
+        message: str = "",
+        server: str | None = None,
+        status: int | None = None,
+        sent: bool = True,
+        cancelled: bool = False,
     ) -> None:
-        super().__init__(message, server, status, sent)
+        super().__init__(message, server, status, sent, cancelled)
         self.server = server
         self.status = status
         self.sent = sent
+        self.cancelled = cancelled
 
 
 class CallInterruptedError(MCPCeleryError):
@@ -125,9 +132,13 @@ class JournalMismatchError(JournalError):
         self.now = now
 
 
+#: What is said in a run of a durable task that has lost its lease.
+HAS_TAKEN_OVER = "Another run of the task has taken over: this one was out of touch for too long"
+
+
 class SupersededError(JournalError):
     """Raised in a run of a durable task that was out of touch for so long that another run has taken over."""
 
 
 class StoreError(MCPCeleryError):
-    """Raised by commands that cannot work without the store. Tasks go on without it."""
+    """Raised by commands and by durable tasks, which cannot work without the store. Other tasks go on without it."""

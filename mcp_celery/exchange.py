@@ -107,7 +107,8 @@ class Exchange:
                     await self._resume()
             if self._scope.cancelled_caught and not (self._is_given_up or self.is_answered):
                 limit = self._endpoint.read_timeout_seconds or 0
-                await self._fail(self._session.failure(f"was silent for {limit:g} s (read_timeout_seconds)"))
+                what = f"was silent for {limit:g} s (read_timeout_seconds)"
+                await self._fail(self._session.failure(what, cancelled=True))
                 return False
         except MCPCeleryError as exc:
             if not self.is_answered:

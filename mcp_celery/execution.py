@@ -15,9 +15,10 @@ from typing import Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import uuid
+from celery.exceptions import Ignore, Reject, Retry
 
 from .eager import shared_now, warn_of_eager
-from .exceptions import ConfigurationError, MCPCeleryError, StoreError, SupersededError
+from .exceptions import HAS_TAKEN_OVER, ConfigurationError, MCPCeleryError, StoreError, SupersededError
 from .handle import SessionHandle, server_name
 from .known_tasks import journal_id, of_server, settings_of, settings_of_journal, warn_of_store
 from .redis_store import get_store
@@ -97,6 +98,8 @@ class Execution:
         self._shared: dict[str, list[str]] = {}
         self._failure: MCPCeleryError | None = None
         self._branches = 0
+        self._has_begun = False
+        self._is_retried = False
         #: Its sessions were given to what takes its place: another attempt, a replacement, errbacks.
         self.is_handed_on = False
         #: The task has succeeded, and its sessions were bound into what follows it, or ended.
@@ -117,6 +120,7 @@ class Execution:
             self._hold(handle)
         for handle in self._tentative:
             self._hold_if_alive(handle)
+        self._has_begun = True
 
     def begin_mapping(self) -> None:
         """Begin, for Celery's task that maps. Told by a signal, which lets nothing through: its items raise it."""
@@ -154,29 +158,49 @@ class Execution:
         self._journal.begin()
         journal = self._journal.journal
         if journal.is_done:
-            raise SupersededError("The task has ended before: its worker was lost before it could say so")
+            raise SupersededError("The task has ended before, and a copy of its message came again")
         if journal.is_continued:
             self._recovered |= {handle.key: handle for handle in self._given.values()}
-        for server, handle in journal.sessions.items():
-            if server not in self._given:
-                # Held or not: it may have been passed on before the worker was lost.
-                self._given[server] = self._recovered[handle.key] = handle
+        # Held or not: they may have been passed on before the worker was lost.
+        self._recovered |= {handle.key: handle for handle in journal.sessions.values()}
+        self._given = {**journal.sessions, **self._given}
 
-    @property
-    def is_superseded(self) -> bool:
-        """Whether another execution of this task has taken over, so that this one counts no more."""
-        return self._journal is not None and self._journal.journal.is_superseded
+    def check(self) -> None:
+        """Raise what the task function has perhaps kept to itself: another execution has taken over.
 
-    def supersede(self, exc: SupersededError) -> None:
-        """Leave all to the execution that has taken over, or that has ended the task before."""
-        logger.warning("Task %s[%s] goes no further here: %s", self._task.name, self._request.id, exc)
+        Raises:
+            SupersededError: This one counts no more.
+        """
+        if self._journal is not None and self._journal.journal.is_superseded:
+            raise SupersededError(HAS_TAKEN_OVER)
+
+    def superseded_by(self, exc: BaseException | None) -> Ignore | Reject | None:
+        """Return what a task raises instead of *exc* where all is left to another execution; None where it goes on.
+
+        To one that has taken over, or that has ended the task before. Asks the store, so for ends other than a return.
+        """
+        if self._journal is None or isinstance(exc, Ignore) or not isinstance(exc, Exception | None):
+            return None
+        journal = self._journal.journal
+        if not self._has_begun and isinstance(exc, SoftTimeLimitExceeded) and self._task.acks_late:
+            why = "Its time has run out while it waited for another run"
+        elif journal.is_done or isinstance(exc, SupersededError):
+            why = str(exc)
+        elif self._has_begun and self._journal.has_lost_lease():
+            why = HAS_TAKEN_OVER
+        else:
+            return None
+        logger.warning("Task %s[%s] goes no further here: %s", self._task.name, self._request.id, why)
         self.is_handed_on = True
         self._held.clear()
+        # A message that is acknowledged here may be gone for the other run as well: Redis brokers know both by one tag.
+        return Ignore(why) if journal.is_done else Reject(why, requeue=True)
 
-    def end_journal(self, *, is_done: bool) -> None:
-        """Give the journal back; with *is_done*, the task will not run again."""
-        if self._journal is not None:
-            self._journal.end(is_done=is_done)
+    def end_journal(self, state: str | None, *, is_requeued: bool) -> None:
+        """Give the journal back, once the result is stored."""
+        if self._journal is not None and (state != "RETRY" or not is_requeued):
+            has_ended = state in {"SUCCESS", "FAILURE", "IGNORED"} or (state == "REJECTED" and not is_requeued)
+            self._journal.end(is_done=has_ended and not self._is_retried)
 
     def first_session(self) -> MCPSession:
         """Return the session of the task's first server.
@@ -262,6 +286,10 @@ class Execution:
 
     def bind_replacement(self, signature: Signature) -> None:
         """Pass each session on to what replaces this task, or end it where nothing there takes one."""
+        # The last task of it has the ID of this one; Celery says so to the outermost tasks only.
+        nesting = (signature.get("options") or {}).get("replaced_task_nesting")
+        for task in self._canvas.all_in(signature):
+            task.setdefault("options", {})["replaced_task_nesting"] = nesting
         self._settle(self._canvas.within(signature), "replaced")
         self.is_handed_on = True
 
@@ -280,6 +308,7 @@ class Execution:
 
     def retry(self) -> None:
         """The next attempt continues the sessions; this one may go on, where Celery does not raise `Retry`."""
+        self._is_retried = True
         if self.is_handed_on:
             return
         self.is_handed_on = True
@@ -288,6 +317,17 @@ class Execution:
             step = self._step(handle, "retried")
             # The next attempt may have ended by now, and the session with it: nothing begins anew here.
             self._change(handle, replace(step, leaving=(), create=False))
+
+    def end(self, exc: BaseException) -> None:
+        """The task function, or what was done for it, has raised *exc*."""
+        if isinstance(exc, Retry):
+            self.retry()
+        elif isinstance(exc, Reject):
+            self.reject(requeue=exc.requeue)
+        elif isinstance(exc, Ignore):
+            self.ignore()
+        else:
+            self.fail(exc)
 
     def ignore(self) -> None:
         """`Ignore` was raised: by `replace`, or to end the workflow here."""
@@ -298,6 +338,9 @@ class Execution:
         """The message goes back to the queue with what it brought, or it is dead. What was opened here ends."""
         if not requeue:
             self._end("rejected")
+            return
+        if self._journal is not None:
+            self._held.clear()  # what was opened here, the next run goes on with
             return
         for key in self._brought:
             self._held.pop(key, None)
@@ -459,7 +502,7 @@ class Execution:
             if session is None or session.handle is None or session.handle.key != handle.key:
                 settings = settings_of(self._task, handle)
                 session = self._sessions[handle.server] = new_session(settings, handle, ledger=self)
-            session.close()
+            session.end()
         except (MCPCeleryError, SoftTimeLimitExceeded) as exc:
             # The soft time limit too: the task is done, and its outcome is not changed by this.
             logger.warning("A session is left to the reaper, or to the idle timeout of its server: %s", exc)

@@ -19,17 +19,15 @@ import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 
-from .exceptions import JournalError, JournalMismatchError, StoreError, SupersededError
+from .exceptions import HAS_TAKEN_OVER, JournalError, JournalMismatchError, StoreError, SupersededError
 from .handle import SessionHandle
 from .store import JournalStore, process_name
 
 logger = logging.getLogger(__name__)
-
-VERSION = 1
 
 #: A lease lasts so long, and is renewed three times meanwhile.
 LEASE_SECONDS = 15.0
@@ -39,6 +37,9 @@ PATIENCE_SECONDS = 10.0
 POLL_SECONDS = 0.5
 #: Longer results are compressed.
 COMPRESS_BYTES = 4096
+
+
+Ending = Literal["result", "failed", "broken", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,9 @@ class Entry:
         digest: A hash of server, method and arguments. Arguments themselves are not kept: they may hold secrets.
         attempt: `request.retries` of the attempt that made the call.
         token: Where the response can be continued; None where the server has said nothing yet.
-        result: What the server answered, JSON types; None while it is under way.
+        ending: How it ended; None while it is under way. "broken": nobody knows whether it has run, and its task went
+            on. "cancelled": the same, and it cannot be continued.
+        result: What the server answered, JSON types.
         failure: Class name and arguments of the error that the call ended with; JSON types.
         question: Kept free for what the server asks of the client while the call is under way.
     """
@@ -61,6 +64,7 @@ class Entry:
     digest: str
     attempt: int
     token: str | None = None
+    ending: Ending | None = None
     result: Mapping[str, Any] | None = None
     failure: Mapping[str, Any] | None = None
     question: Mapping[str, Any] | None = None
@@ -68,7 +72,7 @@ class Entry:
     @property
     def has_ended(self) -> bool:
         """Whether the call has a result or an error."""
-        return self.result is not None or self.failure is not None
+        return self.ending is not None
 
 
 def digest_of(server: str, method: str, params: Mapping[str, Any]) -> str:
@@ -102,6 +106,8 @@ class Journal:
         self._entries: dict[int, Entry] = {}
         self._next = 0
         self._renewal: asyncio.Task[None] | None = None
+        #: What is written with the next call: that the one before it broke off.
+        self._pending: dict[str, str] = {}
         #: By number of the call: what notes its tokens, one after the other.
         self._token_writes: dict[int, asyncio.Task[None]] = {}
         #: Whether another execution has taken over: what this one does counts no more.
@@ -135,11 +141,13 @@ class Journal:
             return
         self._read(claim.fields)
         self._renewal = asyncio.create_task(self._renew(), name=f"mcp_celery lease of {self._task_id}")
-        if not self._keeps_over_retries and any(entry.attempt < self._attempt for entry in self._entries.values()):
+        # An attempt whose process was killed has not ended by itself, and is gone on with.
+        ended = int(claim.fields.get("ended", -1))
+        if not self._keeps_over_retries and ended >= 0 and ended < self._attempt:
             await self._cut(0)
 
     async def end(self, *, is_done: bool) -> None:
-        """Give the lease back; with *is_done* the task has ended, and what it did is forgotten."""
+        """Give the lease back, at the end of an attempt; with *is_done* the task has ended, and all is forgotten."""
         if self._renewal is not None:
             self._renewal.cancel()
             self._renewal = None
@@ -148,7 +156,8 @@ class Journal:
         if not is_done and self._token_writes:
             await asyncio.wait(self._token_writes.values())  # by them, the next attempt continues a call
         try:
-            await self._in_thread(lambda: self._store.end_journal(self._task_id, self._owner, is_done=is_done))
+            attempt = None if is_done else self._attempt
+            await self._in_thread(lambda: self._store.end_journal(self._task_id, self._owner, attempt))
         except StoreError as exc:
             logger.debug("A journal is left to its time to live: %s", exc)
 
@@ -185,10 +194,13 @@ class Journal:
         number, digest = self._next, digest_of(server, method, params)
         entry = self._entries.get(number)
         if entry is not None and entry.failure is not None and entry.attempt < self._attempt:
-            # A retry is there to do better where the attempt before it has failed.
-            await self._cut(number)
-            entry = None
+            # A retry is there to do better where the attempt before it has failed; not twice what may have run.
+            may_have_run = entry.ending in {"broken", "cancelled"}
+            await self._cut(number + may_have_run)
+            token = None if entry.ending == "cancelled" else entry.token
+            entry = replace(entry, token=token, ending=None, failure=None) if may_have_run else None
         if entry is not None:
+            self._entries[number] = entry
             if entry.digest != digest:
                 raise JournalMismatchError(
                     f"Call {number + 1} of the task was {entry.what} when it ran before, and is {what} now"
@@ -228,20 +240,24 @@ class Journal:
         finally:
             del self._token_writes[number]
 
-    async def finish(self, entry: Entry, result: Mapping[str, Any], *, is_failure: bool = False) -> None:
-        """Keep what the server has answered.
+    async def finish(self, entry: Entry, result: Mapping[str, Any], ending: Ending = "result") -> None:
+        """Keep what the server has answered, or how the call failed.
 
         Raises:
             JournalError: It is too large to keep.
             SupersededError: Another execution has taken over.
             StoreError: The store does not answer.
         """
-        kind = "failed" if is_failure else "result"
-        payload = self._packed({"kind": kind, "value": result}, entry.what)
-        await self._write({f"end:{entry.number}": payload})
-        entry = self._entries[entry.number]
-        ended = replace(entry, failure=result) if is_failure else replace(entry, result=result)
-        self._entries[entry.number] = ended
+        await self._write({f"end:{entry.number}": self._ended(entry, result, ending)})
+
+    def break_off(self, entry: Entry, failure: Mapping[str, Any]) -> None:
+        """Keep how a call broke off, once the task makes another one: till then it can be continued."""
+        self._pending = {f"end:{entry.number}": self._ended(entry, failure, "broken")}
+
+    def without_token(self, entry: Entry) -> Entry:
+        """Return a call that is made anew: its server does not know the token any more."""
+        entry = self._entries[entry.number] = replace(entry, token=None)
+        return entry
 
     async def withdraw(self, entry: Entry) -> None:
         """Forget a call that has not reached the server."""
@@ -254,6 +270,14 @@ class Journal:
         await self._write({f"session:{handle.server}": handle.dumps()})
 
     # -- Within
+
+    def _ended(self, entry: Entry, value: Mapping[str, Any], ending: Ending) -> str:
+        """Note the end of a call here, and return what is to be written of it."""
+        text = self._packed({"kind": ending, "value": value}, entry.what)
+        result, failure = (value, None) if ending == "result" else (None, value)
+        known = self._entries[entry.number]
+        self._entries[entry.number] = replace(known, ending=ending, result=result, failure=failure)
+        return text
 
     def _read(self, fields: Mapping[str, str]) -> None:
         for name, text in fields.items():
@@ -268,8 +292,10 @@ class Journal:
                     digest=digest,
                     attempt=attempt,
                     token=fields.get(f"token:{number}"),
+                    ending=ended.get("kind"),
                     result=ended.get("value") if ended.get("kind") == "result" else None,
-                    failure=ended.get("value") if ended.get("kind") == "failed" else None,
+                    failure=ended.get("value") if ended.get("kind") != "result" else None,
+                    question=json.loads(fields.get(f"question:{number}", "null")),
                 )
             elif kind == "session":
                 self.sessions[rest] = SessionHandle.load(text)
@@ -278,8 +304,8 @@ class Journal:
     async def _cut(self, first: int) -> None:
         """Forget the calls from number *first* on: they are made anew."""
         gone = [number for number in self._entries if number >= first]
-        names = [f"{kind}:{number}" for number in gone for kind in ("call", "token", "end")]
-        if not await self._patiently(lambda: self._store.cut_journal(self._task_id, self._owner, names)):
+        names = [f"{kind}:{number}" for number in gone for kind in ("call", "token", "end", "question")]
+        if names and not await self._patiently(lambda: self._store.cut_journal(self._task_id, self._owner, names)):
             raise self._superseded()
         for number in gone:
             del self._entries[number]
@@ -296,8 +322,18 @@ class Journal:
         return text
 
     async def _write(self, fields: Mapping[str, str]) -> None:
+        fields = {**self._pending, **fields}
+        self._pending = {}
         if not await self._patiently(lambda: self._write_now(fields)):
             raise self._superseded()
+
+    async def has_lost_lease(self) -> bool:
+        """Ask the store whether another execution has taken over; where it does not answer, that is not known."""
+        try:
+            return self.is_superseded or not await self._in_thread(self._write_now, {})
+        except (StoreError, JournalError) as exc:
+            logger.debug("It is not known whether a lease was lost: %s", exc)
+            return False
 
     def _write_now(self, fields: Mapping[str, str]) -> bool:
         is_mine = self._store.write_journal(self._task_id, self._owner, fields, LEASE_SECONDS)
@@ -306,7 +342,7 @@ class Journal:
 
     def _superseded(self) -> SupersededError:
         self.is_superseded = True
-        return SupersededError("Another execution of this task has taken over: this one was out of touch for too long")
+        return SupersededError(HAS_TAKEN_OVER)
 
     async def _patiently(self, question: Callable[[], Any]) -> Any:
         """Ask the store, for `PATIENCE_SECONDS` where it does not answer."""

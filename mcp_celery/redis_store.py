@@ -11,7 +11,7 @@ them in one slot; all have a time to live. Times are the server's own, so the cl
     {prefix}:deadlines       zset    key by the time when the reaper ends the session
     {prefix}:pings           zset    key by the time when the reaper pings the session
     {prefix}:ended           zset    key by the time of its end, while its history is kept
-    {prefix}:journal:<task>  hash    owner, until (the lease), call:<n>, token:<n>, end:<n>, session:<server>, or done
+    {prefix}:journal:<task>  hash    owner, until (lease), ended, session:<server>, call|token|question|end:<n>, done
     {prefix}:tasks           zset    names of MCP tasks by the time when a worker was last seen to have them
     {prefix}:leader:<hash>   string  the worker that leads those that know the same servers
 """
@@ -344,6 +344,7 @@ if a.is_done then
   keep(journal, a.kept)
 else
   redis.call('HDEL', journal, 'owner', 'until')
+  redis.call('HSET', journal, 'ended', a.attempt)
 end
 """
 
@@ -492,9 +493,13 @@ class RedisStore:
         """See `JournalStore.cut_journal`."""
         return _is_kept(self._run(_CUT_JOURNAL, task=task_id, owner=owner, fields=list(fields)))
 
-    def end_journal(self, task_id: str, owner: str, *, is_done: bool) -> None:
+    def end_journal(self, task_id: str, owner: str, attempt: int | None) -> None:
         """See `JournalStore.end_journal`."""
-        self._run(_END_JOURNAL, v=VERSION, task=task_id, owner=owner, is_done=is_done)
+        self._run(_END_JOURNAL, v=VERSION, task=task_id, owner=owner, is_done=attempt is None, attempt=attempt)
+
+    def drop_journal(self, task_id: str) -> None:
+        """See `JournalStore.drop_journal`."""
+        self._ask(lambda client: client.delete(self._key("journal", task_id)))
 
     def release_journal(self, task_id: str, process: str) -> None:
         """See `JournalStore.release_journal`."""

@@ -96,9 +96,10 @@ class RemoteSession:
             self.session_id = None
         return self.lost
 
-    def failure(self, what: str, status: int | None = None) -> TransportError:
+    def failure(self, what: str, status: int | None = None, *, cancelled: bool = False) -> TransportError:
         """Return the error which says that the server *what*."""
-        return TransportError(f"Server {self.endpoint.name!r} {what}", self.endpoint.name, status)
+        name = self.endpoint.name
+        return TransportError(f"Server {name!r} {what}", name, status, cancelled=cancelled)
 
 
 def _tells_loss(status: int, error: JSONRPCError | None) -> bool:

@@ -7,6 +7,7 @@ HTTP client, the tool listings) is in `Connections`.
 import asyncio
 import inspect
 import logging
+import math
 import ssl
 import time
 from collections import deque
@@ -57,10 +58,21 @@ BROKEN_OFF_SECONDS = 2.0
 LISTING_SECONDS = 10.0
 #: Calls of one task that are remembered for the history.
 MAX_CALLS = 100
+#: A deadline may be seen to have passed so much too early.
+CLOCK_SECONDS = 0.01
 #: Pages of a tool listing that are read in search of one tool.
 MAX_PAGES = 100
 
 _CLIENT_INFO = types.Implementation(name="mcp-celery-task", version=__version__)
+
+
+#: What a call that was made before may have raised.
+_FAILURES: dict[str, Callable[..., Exception]] = {
+    "MCPError": MCPError,
+    "ToolError": ToolError,
+    "TransportError": TransportError,
+    "SessionLostError": SessionLostError,
+}
 
 
 class Ledger(Protocol):
@@ -118,8 +130,7 @@ def failure_of(exc: MCPError | MCPCeleryError) -> dict[str, Any]:
 def replayed(entry: Entry, result_type: type[R]) -> R:
     """Return the result of a call that was made before, or raise its error."""
     if entry.failure is not None and "class" in entry.failure:
-        kinds = {"MCPError": MCPError, "ToolError": ToolError, "TransportError": TransportError}
-        raise kinds[entry.failure["class"]](*entry.failure["args"])
+        raise _FAILURES[entry.failure["class"]](*entry.failure["args"])
     answer = entry.failure["result"] if entry.failure is not None else entry.result
     return result_type.model_validate(answer, by_name=False)
 
@@ -284,9 +295,43 @@ class AsyncMCPSession:
         Raises:
             TransportError: The server could not be reached.
         """
+
+        async def open_again(handle: SessionHandle | None) -> None:
+            """Go on in the session that this has opened before."""
+            current = self.handle
+            if handle is not None and (current is None or current.key != handle.key):
+                await self._drop()
+                self._given, self._ended, self._lost_at = handle, None, None
+
+        if self._ended is None and not self.is_lost:
+            await self._open()
+        else:
+            await self._once("open", self._open, open_again)
+
+    async def _once(
+        self,
+        what: str,
+        act: Callable[[], Awaitable[SessionHandle | None]],
+        act_again: Callable[[SessionHandle | None], Awaitable[None]],
+    ) -> SessionHandle | None:
+        """Do something with the session at the server; where an earlier run of a durable task has, only here."""
+        if self._journal is None:
+            return await act()
+        entry, _ = await self._journal.enter(f"session {what}", self.server, f"session/{what}", {})
+        if entry.result is None:
+            handle = await act()
+            await self._journal.finish(entry, {"handle": None if handle is None else handle.dumps()})
+            return handle
+        text = entry.result["handle"]
+        handle = None if text is None else SessionHandle.load(text)
+        async with self._lock:
+            await act_again(handle)
+        return handle
+
+    async def _open(self) -> SessionHandle | None:
         async with self._lock:
             if self.is_open:
-                return
+                return self.handle
             if self._ended is not None or self.is_lost:
                 await self._drop()
                 self._given = self._ended = self._lost_at = None
@@ -295,6 +340,7 @@ class AsyncMCPSession:
                 await self._tell("opened", self.handle)
                 if self._journal is not None and self.handle is not None:
                     await self._journal.note_session(self.handle)
+            return self.handle
 
     async def detach(self) -> SessionHandle:
         """Leave the session alive at the server and disown it: return its handle. The task will not close it.
@@ -302,14 +348,24 @@ class AsyncMCPSession:
         Raises:
             SessionError: There is no session to detach.
         """
-        async with self._lock:
-            handle = self.handle
-            if handle is None:
-                raise SessionError(f"There is no session of server {self.server!r} to detach; open() one first")
+
+        async def disown(handle: SessionHandle | None) -> None:
             await self._drop()
             self._ended = "detached"
             await self._tell("detached", handle)
-            return handle
+
+        async def detach() -> SessionHandle:
+            async with self._lock:
+                handle = self.handle
+                if handle is None:
+                    raise SessionError(f"There is no session of server {self.server!r} to detach; open() one first")
+                await disown(handle)
+                return handle
+
+        handle = await self._once("detach", detach, disown)
+        if handle is None:
+            raise SessionError(f"There is no session of server {self.server!r} to detach; open() one first")
+        return handle
 
     async def close(self) -> None:
         """End the session at the server. Nothing where it has ended, or was never opened and none was given.
@@ -317,9 +373,24 @@ class AsyncMCPSession:
         Raises:
             TransportError: The server could not be reached; it will drop the session as idle.
         """
+
+        async def forget(handle: SessionHandle | None) -> None:
+            await self._drop()
+            if handle is not None:
+                self._ended = "closed"
+                await self._tell("closed", handle)
+
+        await self._once("close", self.end, forget)
+
+    async def end(self) -> SessionHandle | None:
+        """Do what `close` does, for who ends the session of a task that has ended. Returns what was ended.
+
+        Raises:
+            TransportError: As above.
+        """
         async with self._lock:
             if self._ended is not None:
-                return
+                return None
             if self._transport is None and self._given is not None:
                 self._transport = self._new_transport()
             transport, handle = self._transport, self.handle
@@ -330,6 +401,7 @@ class AsyncMCPSession:
                     await self._tell("closed", handle)
             finally:
                 await self._drop()
+            return handle
 
     async def release(self) -> None:
         """Drop this end without a word to the server, at the end of a task. Calls raise from here on."""
@@ -418,38 +490,85 @@ class AsyncMCPSession:
         if not journal.knows_next and self._client is None and self._ended is None and self._lost_at is None:
             # Before the call is noted: of one that was noted, nobody can say that it was not sent.
             with self._translated(question.what, timeout_seconds), anyio.fail_after(timeout_seconds):
-                await self.open()
+                await self._open()
         entry, was_made = await journal.enter(question.what, self.server, question.request.method, params)
         if entry.has_ended:
-            return replayed(entry, question.result_type)
+            try:
+                return replayed(entry, question.result_type)
+            except SessionLostError:
+                self._lost_at = time.time()
+                raise
         # A call is sent once its session is recorded, and not before.
         may_have_run = was_made and (self._given is not None or self.server in journal.sessions)
-        if may_have_run and entry.token is None and not await self._may_repeat(journal, question):
-            raise CallInterruptedError(
-                f"The worker was lost while {question.what} was under way, and the server gave nothing to continue it "
-                "by: it may or may not have run. mcp_on_interrupted = 'call-again' makes such calls again",
-                question.tool,
-            )
+        if may_have_run and entry.token is None:
+            await self._check_repeatable(journal, question)
+
+        try:
+            result = await self._make(journal, question, entry, timeout_seconds, check, may_have_run=may_have_run)
+        except MCPError as exc:
+            await journal.finish(entry, failure_of(exc), "failed")
+            raise
+        except MCPCeleryError as exc:
+            await self._note_failure(journal, entry, exc, may_have_run=may_have_run)
+            raise
+        answer = result.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if isinstance(result, types.CallToolResult) and result.is_error:
+            await journal.finish(entry, {"result": answer}, "failed")
+        else:
+            await journal.finish(entry, answer)
+        return result
+
+    async def _make(
+        self,
+        journal: Journal,
+        question: "Question[R]",
+        entry: Entry,
+        timeout_seconds: float | None,
+        check: Callable[[R], Awaitable[None]] | None,
+        *,
+        may_have_run: bool,
+    ) -> R:
+        """Make a call of a durable task, or continue it by its token; anew, where its server knows that no more."""
         metadata = ClientMessageMetadata(
             resumption_token=entry.token, on_resumption_token_update=journal.token_of(entry)
         )
+        # Where the task is interrupted, or its worker told to end, the call goes on for the next run.
+        patience = math.inf if timeout_seconds is None else timeout_seconds
         try:
-            result = await self._ask(question.what, lambda client: question.call(client, metadata), timeout_seconds)
-            if check is not None:
-                await check(result)
-        except (MCPError, ToolError) as exc:
-            await journal.finish(entry, failure_of(exc), is_failure=True)
-            raise
+            result = await self._ask(
+                question.what, lambda client: question.call(client, metadata), timeout_seconds, cancels_after=patience
+            )
         except TransportError as exc:
-            if not exc.sent and not may_have_run:
-                await journal.withdraw(entry)
-            elif timeout_seconds is not None and isinstance(exc.__cause__, TimeoutError):
-                await journal.finish(entry, failure_of(exc), is_failure=True)  # cancelled at the server
-            raise
-        answer = result.model_dump(mode="json", by_alias=True, exclude_none=True)
-        is_failure = isinstance(result, types.CallToolResult) and bool(result.is_error)
-        await journal.finish(entry, {"result": answer} if is_failure else answer, is_failure=is_failure)
+            is_refused = exc.status is not None and exc.status < httpx2.codes.INTERNAL_SERVER_ERROR
+            if not (may_have_run and entry.token is not None and is_refused):
+                raise
+            await self._check_repeatable(journal, question)
+            return await self._make(
+                journal, question, journal.without_token(entry), timeout_seconds, check, may_have_run=may_have_run
+            )
+        if check is not None:
+            await check(result)
         return result
+
+    @staticmethod
+    async def _note_failure(journal: Journal, entry: Entry, exc: MCPCeleryError, *, may_have_run: bool) -> None:
+        match exc:
+            case ToolError():
+                await journal.finish(entry, failure_of(exc), "failed")
+            case TransportError(sent=False) if not may_have_run:
+                await journal.withdraw(entry)
+            case TransportError(cancelled=True):
+                await journal.finish(entry, failure_of(exc), "cancelled")
+            case TransportError() | SessionLostError():
+                journal.break_off(entry, failure_of(exc))
+
+    async def _check_repeatable(self, journal: Journal, question: "Question[Any]") -> None:
+        if not await self._may_repeat(journal, question):
+            raise CallInterruptedError(
+                f"An earlier run of the task ended while {question.what} was under way, and there is nothing to "
+                "continue it by: it may or may not have run. mcp_on_interrupted = 'call-again' makes such calls again",
+                question.tool,
+            )
 
     async def _may_repeat(self, journal: Journal, question: "Question[Any]") -> bool:
         """Whether a call that may have run is made again: reading is, and a tool that says that this does no harm."""
@@ -572,7 +691,15 @@ class AsyncMCPSession:
             # In a thread: others use this loop.
             await anyio.to_thread.run_sync(getattr(self._ledger, what), handle)
 
-    async def _ask(self, what: str, call: Callable[[Client], Awaitable[T]], timeout_seconds: float | None = None) -> T:
+    async def _ask(
+        self,
+        what: str,
+        call: Callable[[Client], Awaitable[T]],
+        timeout_seconds: float | None = None,
+        *,
+        cancels_after: float = 0.0,
+    ) -> T:
+        """Make a call. Interrupted within *cancels_after* seconds, it is not cancelled at the server."""
         if self._ended is not None:
             raise SessionError(
                 f"The session of server {self.server!r} was {self._ended} by this task; open() starts a new one"
@@ -588,7 +715,9 @@ class AsyncMCPSession:
         try:
             with self._translated(what, timeout_seconds), anyio.fail_after(timeout_seconds):
                 if not self._is_open:
-                    await self.open()
+                    await self._open()
+                if self._transport is not None:
+                    self._transport.cancels_from = anyio.current_time() + cancels_after - CLOCK_SECONDS
                 answer = await call(self.client)
             answered = True
             return answer
@@ -619,7 +748,7 @@ class AsyncMCPSession:
             ) from exc
         except TimeoutError as exc:
             text = f"Server {self.server!r} did not answer to {what} within {timeout_seconds:g} s; it was cancelled"
-            raise TransportError(text, self.server) from exc
+            raise TransportError(text, self.server, cancelled=True) from exc
 
     def _new_transport(self) -> ResumableHTTPTransport:
         url, client, listings = self._connections.of(self._settings)

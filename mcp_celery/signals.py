@@ -70,7 +70,7 @@ def _begin_mapping(task: Task, kwargs: dict[str, Any]) -> None:
 
 
 @task_postrun.connect
-def _end_execution(task: Task, state: str | None, **_: object) -> None:
+def _end_execution(task: Task, state: str | None, retval: object, **_: object) -> None:
     execution = execution_of(task.request)
     if execution is None:
         return
@@ -80,7 +80,7 @@ def _end_execution(task: Task, state: str | None, **_: object) -> None:
         finally:
             execution.release()
     # What follows was published, and the result is stored: the message can only come back to be ignored.
-    execution.end_journal(is_done=state in {"SUCCESS", "FAILURE", "IGNORED"})
+    execution.end_journal(state, is_requeued=bool(getattr(retval, "requeue", False)))
 
 
 @task_postrun.connect

@@ -137,7 +137,7 @@ class JournalStore(Protocol):
         """
         ...
 
-    def cut_journal(self, task_id: str, owner: str, fields: list[str]) -> bool:
+    def cut_journal(self, task_id: str, owner: str, fields: Sequence[str]) -> bool:
         """Remove *fields*; False, and nothing, where *owner* has lost the lease.
 
         Raises:
@@ -145,8 +145,12 @@ class JournalStore(Protocol):
         """
         ...
 
-    def end_journal(self, task_id: str, owner: str, *, is_done: bool) -> None:
-        """Give the lease back. Where the task has ended, forget all but that."""
+    def end_journal(self, task_id: str, owner: str, attempt: int | None) -> None:
+        """Give the lease back at the end of an attempt. With None the task has ended: forget all but that."""
+        ...
+
+    def drop_journal(self, task_id: str) -> None:
+        """Forget all of a task that will never run again."""
         ...
 
     def release_journal(self, task_id: str, process: str) -> None:

@@ -78,6 +78,10 @@ class SyncJournal:
         """See `Journal.end`."""
         self._portal.call(partial(self.journal.end, is_done=is_done))
 
+    def has_lost_lease(self) -> bool:
+        """See `Journal.has_lost_lease`."""
+        return self._portal.call(self.journal.has_lost_lease)
+
 
 class MCPSession:
     """An MCP session, opened or resumed at the first call. Methods and result types are those of the SDK's client.
@@ -174,6 +178,10 @@ class MCPSession:
     def close(self) -> None:
         """End the session at the server."""
         self._call(self._session.close)
+
+    def end(self) -> None:
+        """End the session at the server, for a task that has ended."""
+        self._call(self._session.end)
 
     def release(self) -> None:
         """Drop this end without a word to the server. Calls raise from here on."""

@@ -6,10 +6,10 @@ from functools import cache, partial
 from typing import Any, Literal
 
 from celery import Task, current_task, uuid
-from celery.exceptions import Ignore, Reject, Retry, TaskPredicate
+from celery.exceptions import TaskPredicate
 
 from . import results, signals  # noqa: F401 - they hook into Celery
-from .exceptions import ConfigurationError, SessionHandleError, SupersededError
+from .exceptions import ConfigurationError, SessionHandleError
 from .execution import Execution, execution_of
 from .handle import SessionHandle, server_name
 from .known_tasks import brought_by, canvas_of
@@ -108,28 +108,17 @@ class MCPTask(Task):
             store.check()  # a mistake in its settings shows before anything is sent
         execution = self.request.mcp_execution = Execution(self, self.request, brought, canvas_of(self.app))
         try:
-            try:
-                execution.begin()
-                # Not super().__call__, which would push a second request. autoretry_for wraps run.
-                result = self.run(*args, **self._with_session(kwargs, execution))
-                if execution.is_superseded:
-                    raise SupersededError  # which the function has kept to itself  # noqa: TRY301
-                execution.succeed()
-            except Retry:
-                execution.retry()
-                raise
-            except SupersededError as exc:
-                execution.supersede(exc)
-                raise Ignore from exc
-            except Reject as exc:
-                execution.reject(requeue=exc.requeue)
-                raise
-            except Ignore:
-                execution.ignore()
-                raise
-            except BaseException as exc:
-                execution.fail(exc)
-                raise
+            execution.begin()
+            # Not super().__call__, which would push a second request. autoretry_for wraps run.
+            result = self.run(*args, **self._with_session(kwargs, execution))
+            execution.check()
+            execution.succeed()
+        except BaseException as exc:
+            if (instead := execution.superseded_by(exc)) is not None:
+                raise instead from exc
+            execution.end(exc)
+            raise
+        else:
             return result
         finally:
             execution.release()
@@ -140,15 +129,12 @@ class MCPTask(Task):
         try:
             mapping.begin_item()
             result = self.run(*args, **self._with_session(kwargs, mapping))
-            if mapping.is_superseded:
-                raise SupersededError  # as above  # noqa: TRY301
-        except SupersededError as exc:
-            mapping.supersede(exc)
-            raise Ignore from exc
-        except TaskPredicate:
-            raise  # Retry, Ignore or Reject: no errback is called
+            mapping.check()
         except BaseException as exc:
-            mapping.fail(exc)
+            if (instead := mapping.superseded_by(exc)) is not None:
+                raise instead from exc
+            if not isinstance(exc, TaskPredicate):  # Retry, Ignore or Reject: no errback is called
+                mapping.fail(exc)
             raise
         mapping.bind_ahead()
         return result
@@ -209,9 +195,12 @@ class MCPTask(Task):
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Retry the task, as Celery does; the next attempt resumes the session of this one."""
+        execution = execution_of(self.request)
+        if execution is not None and (instead := execution.superseded_by(None)) is not None:
+            raise instead
         retry = super().retry(*args, **kwargs)
         # With throw=False: the next attempt is on its way while this one goes on.
-        if (execution := execution_of(self.request)) is not None:
+        if execution is not None:
             execution.retry()
         return retry
 

@@ -87,6 +87,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         self._owned_client = owned_client
         #: Set when the server refuses the handshake: then, and only then, `server/discover` is let through.
         self._may_discover = False
+        #: From when on, by the loop's clock, the server is told of requests that are given up.
+        self.cancels_from = 0.0
         self._prefix = secrets.token_hex(6)
         self._exchanges: dict[RequestId, Exchange] = {}
         self._inbox: MemoryObjectSendStream[SessionMessage | Exception] | None = None
@@ -321,7 +323,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         request_id = params.get("requestId")
         exchange = self._exchanges.get(request_id) if isinstance(request_id, str | int) else None
         if exchange is not None:
-            await self._tell_cancelled(exchange, params.get("reason"))
+            if anyio.current_time() >= self.cancels_from:
+                await self._tell_cancelled(exchange, params.get("reason"))
             exchange.give_up()
 
     async def _tell_cancelled(self, exchange: Exchange, reason: object) -> None:

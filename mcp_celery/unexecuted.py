@@ -97,6 +97,7 @@ def never_runs(task: Any, request: Any, *, are_errbacks_called: bool = True) -> 
         for handle, holders in errbacks:
             store.change(handle, Change(joining=holders))
         store.abandon([request.id, *lost])
+        store.drop_journal(journal_id(request))
 
     _tell_store(task, let_go)
 

@@ -264,7 +264,7 @@ class Canvas:
         """
         hopeless = Ahead()
         for step in (*_listed(request.callbacks), *_listed(request.chain)):
-            hopeless.tasks += self._all_in(step)
+            hopeless.tasks += self.all_in(step)
         if isinstance(request.chord, MutableMapping):
             self._give_up(request.chord, hopeless)
         for step in _listed(request.chain):
@@ -276,7 +276,7 @@ class Canvas:
 
         A chord that has this body in its own header is not told by Celery: it never ends, and calls no errbacks.
         """
-        hopeless.tasks += self._all_in(body)
+        hopeless.tasks += self.all_in(body)
         options = body.get("options") or {}
         errbacks = hopeless.errbacks if is_told else hopeless.untold
         errbacks += self._errbacks_instead_of(body)
@@ -296,7 +296,7 @@ class Canvas:
                 for member in _listed(step["kwargs"]["tasks"]):
                     self._give_up_chords_of(member, hopeless, is_told=False)
 
-    def _all_in(self, signature: Signature) -> list[Signature]:
+    def all_in(self, signature: Signature) -> list[Signature]:
         """Return all MCP tasks in *signature*, also those that come after others.
 
         Those may have sessions as well: what was between may have been a plain task, which was then replaced.
@@ -312,7 +312,7 @@ class Canvas:
                 parts += [*_members(kwargs["header"]), *_listed(kwargs["body"])]
             case _ if self._is_mcp_task(signature["task"]) or maps:
                 found.append(signature)
-        return found + [task for part in parts for task in self._all_in(part)]
+        return found + [task for part in parts for task in self.all_in(part)]
 
     def _visit_in_turn(self, signatures: Iterable[Signature], ahead: Ahead) -> bool:
         return any(self._visit(signature, ahead) for signature in signatures)

@@ -391,6 +391,7 @@ def test_a_credential_provider_is_asked(valkey, is_written):
         assert store.change(S, held("a")) is Standing.HELD
         assert store._ask(lambda client: client.acl_whoami()) == "reader"
     finally:
+        store._ask(lambda client: client.close())
         client.acl_deluser("reader")
         client.close()
 
