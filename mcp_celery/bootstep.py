@@ -26,7 +26,7 @@ from celery.worker import state as worker_state
 from celery.worker.control import inspect_command
 
 from .exceptions import ConfigurationError, StoreError
-from .known_tasks import is_mcp_task, usable_servers_of
+from .known_tasks import is_mcp_task, settings_of_journal, usable_servers_of
 from .redis_store import PAUSE_SECONDS, get_store
 from .settings import Conf, ServerSettings, StoreSettings, places, reaper_settings, store_settings
 
@@ -66,11 +66,29 @@ class ReaperStep(StartStopStep):
         except ConfigurationError as exc:
             logger.error("MCP sessions are not looked after by this worker: %s", exc)  # noqa: TRY400 - it says all
             return False
+        _warn_of_durable_tasks(parent.app, has_store=store is not None)
         return store is not None
 
     def create(self, parent: Any) -> "Watch":
         """Return what `start`, `stop` and `terminate` go to."""
         return Watch(parent)
+
+
+def _warn_of_durable_tasks(app: Celery, *, has_store: bool) -> None:
+    """Say, when a worker starts, which of its durable tasks cannot be what they are to be."""
+    durable: list[Any] = []
+    for task in list(app.tasks.values()):
+        try:
+            if is_mcp_task(task) and settings_of_journal(task) is not None:
+                durable.append(task)
+        except ConfigurationError as exc:
+            logger.error("Task %s will fail: %s", task.name, exc)  # noqa: TRY400 - it says all
+    if durable and not has_store:
+        names = ", ".join(sorted(task.name for task in durable))
+        logger.error("Durable tasks need a Redis or Valkey (mcp_store_url), and will fail: %s", names)
+    early = ", ".join(sorted(task.name for task in durable if not (task.acks_late or task.retry_on_worker_lost)))
+    if early:
+        logger.warning("Durable tasks do not run again where their worker is killed, without acks_late: %s", early)
 
 
 class Watch:

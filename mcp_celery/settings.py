@@ -198,12 +198,12 @@ def journal_settings(conf: Conf, durable: object, on_interrupted: object) -> Jou
     durable = conf.get("mcp_durable", False) if durable is None else durable
     on_interrupted = conf.get("mcp_on_interrupted", "raise") if on_interrupted is None else on_interrupted
     if not isinstance(durable, bool) and durable != "redelivery":  # 1 and 0 are neither, though they equal them
-        raise ConfigurationError("mcp_durable is True, False or 'redelivery'")
+        raise ConfigurationError(f"mcp_durable is True, False or 'redelivery', not {durable!r}")
     if on_interrupted not in ("raise", "call-again"):
-        raise ConfigurationError("mcp_on_interrupted is 'raise' or 'call-again'")
+        raise ConfigurationError(f"mcp_on_interrupted is 'raise' or 'call-again', not {on_interrupted!r}")
     most = conf.get("mcp_journal_max_result_bytes", 8 * 1024 * 1024)
     if not isinstance(most, int) or isinstance(most, bool) or most <= 0:
-        raise ConfigurationError("mcp_journal_max_result_bytes is a number of bytes above 0")
+        raise ConfigurationError(f"mcp_journal_max_result_bytes is a number of bytes above 0, not {most!r}")
     if durable is False:
         return None
     return JournalSettings(
