@@ -198,9 +198,9 @@ class Execution:
 
     def end_journal(self, state: str | None, *, is_requeued: bool) -> None:
         """Give the journal back, once the result is stored."""
-        if self._journal is not None and (state != "RETRY" or not is_requeued):
+        if self._journal is not None:
             has_ended = state in {"SUCCESS", "FAILURE", "IGNORED"} or (state == "REJECTED" and not is_requeued)
-            self._journal.end(is_done=has_ended and not self._is_retried)
+            self._journal.end(is_done=has_ended and not self._is_retried, is_retried=self._is_retried)
 
     def first_session(self) -> MCPSession:
         """Return the session of the task's first server.

@@ -146,8 +146,8 @@ class Journal:
         if not self._keeps_over_retries and ended >= 0 and ended < self._attempt:
             await self._cut(0)
 
-    async def end(self, *, is_done: bool) -> None:
-        """Give the lease back, at the end of an attempt; with *is_done* the task has ended, and all is forgotten."""
+    async def end(self, *, is_done: bool, is_retried: bool = False) -> None:
+        """Give the lease back. With *is_done* the task has ended, and all is forgotten; *is_retried* is noted."""
         if self._renewal is not None:
             self._renewal.cancel()
             self._renewal = None
@@ -156,8 +156,10 @@ class Journal:
         if not is_done and self._token_writes:
             await asyncio.wait(self._token_writes.values())  # by them, the next attempt continues a call
         try:
-            attempt = None if is_done else self._attempt
-            await self._in_thread(lambda: self._store.end_journal(self._task_id, self._owner, attempt))
+            attempt = self._attempt if is_retried else None
+            await self._in_thread(
+                lambda: self._store.end_journal(self._task_id, self._owner, is_done=is_done, attempt=attempt)
+            )
         except StoreError as exc:
             logger.debug("A journal is left to its time to live: %s", exc)
 

@@ -344,7 +344,7 @@ if a.is_done then
   keep(journal, a.kept)
 else
   redis.call('HDEL', journal, 'owner', 'until')
-  redis.call('HSET', journal, 'ended', a.attempt)
+  if a.attempt then redis.call('HSET', journal, 'ended', a.attempt) end
 end
 """
 
@@ -493,9 +493,11 @@ class RedisStore:
         """See `JournalStore.cut_journal`."""
         return _is_kept(self._run(_CUT_JOURNAL, task=task_id, owner=owner, fields=list(fields)))
 
-    def end_journal(self, task_id: str, owner: str, attempt: int | None) -> None:
+    def end_journal(self, task_id: str, owner: str, *, is_done: bool, attempt: int | None) -> None:
         """See `JournalStore.end_journal`."""
-        self._run(_END_JOURNAL, v=VERSION, task=task_id, owner=owner, is_done=attempt is None, attempt=attempt)
+        # JSON has a null for None, which is not false in Lua.
+        ended = {} if attempt is None else {"attempt": attempt}
+        self._run(_END_JOURNAL, v=VERSION, task=task_id, owner=owner, is_done=is_done, **ended)
 
     def drop_journal(self, task_id: str) -> None:
         """See `JournalStore.drop_journal`."""

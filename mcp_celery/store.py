@@ -145,8 +145,8 @@ class JournalStore(Protocol):
         """
         ...
 
-    def end_journal(self, task_id: str, owner: str, attempt: int | None) -> None:
-        """Give the lease back at the end of an attempt. With None the task has ended: forget all but that."""
+    def end_journal(self, task_id: str, owner: str, *, is_done: bool, attempt: int | None) -> None:
+        """Give the lease back. Where the task has ended, forget all but that; else note the *attempt* that has."""
         ...
 
     def drop_journal(self, task_id: str) -> None:

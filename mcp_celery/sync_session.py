@@ -74,9 +74,9 @@ class SyncJournal:
         """See `Journal.begin`."""
         self._portal.call(self.journal.begin)
 
-    def end(self, *, is_done: bool) -> None:
+    def end(self, *, is_done: bool, is_retried: bool) -> None:
         """See `Journal.end`."""
-        self._portal.call(partial(self.journal.end, is_done=is_done))
+        self._portal.call(partial(self.journal.end, is_done=is_done, is_retried=is_retried))
 
     def has_lost_lease(self) -> bool:
         """See `Journal.has_lost_lease`."""
