@@ -887,6 +887,41 @@ async def test_a_later_attempt_continues_a_call_that_broke_off_and_forgets_what_
     assert calls_in(recorder) == ["add", "echo"]
 
 
+async def test_a_failure_that_a_later_attempt_came_to_know_is_the_same_again_in_that_attempt(recorded_peer, running):
+    recorder = recorded_peer(*STORE)
+    async with running(recorder.url) as session:
+        await break_off(recorder, session, lambda session: session.call_tool("fail"))
+    for _ in range(2):
+        async with running(recorder.url, attempt=1) as session:
+            with pytest.raises(ToolError):
+                await session.call_tool("fail")
+            assert await add(session, 1, 2) == 3
+    assert calls_in(recorder) == ["fail", "add"]
+
+
+@pytest.mark.usefixtures("quick_outage")
+async def test_how_a_call_broke_off_is_not_forgotten_where_the_store_was_away(
+    recorded_peer, running, valkey, monkeypatch
+):
+    monkeypatch.setattr(journal_module, "PATIENCE_SECONDS", 0.5)
+    recorder = recorded_peer(*PLAIN)
+    store = Reachable(valkey)
+    async with running(recorder.url, store=store) as session:
+        await session.open()
+        recorder.drop(rpc_method="tools/call")
+        live = await caught(add(session, 1, 2))
+        store.is_away = True
+        with pytest.raises(StoreError):
+            await add(session, 3, 4)
+        store.is_away = False
+        assert await add(session, 3, 4) == 7
+    recorder.clear()
+    async with running(recorder.url) as session:
+        assert await caught(add(session, 1, 2)) == live
+        assert await add(session, 3, 4) == 7
+    assert recorder.exchanges == []
+
+
 # A call that was cancelled
 
 
@@ -1065,6 +1100,35 @@ async def test_a_session_that_was_to_be_closed_when_the_run_ended_is_closed_by_t
     assert calls_in(recorder) == ["add"]
 
 
+@pytest.mark.parametrize("what", ["close", "open"])
+async def test_what_failed_where_the_task_went_on_does_no_harm_to_its_second_session(recorded_peer, running, what):
+    recorder = recorded_peer(*PLAIN)
+
+    async def work(session):
+        await add(session, 1, 1)
+        for step in (session.close, session.open):
+            try:
+                await step()
+            except TransportError:
+                await session.open()
+        return await add(session, 2, 2), session.handle
+
+    async with running(recorder.url) as session:
+        await session.open()
+        if what == "close":
+            recorder.answer(http_method="DELETE", status=500)
+        else:
+            recorder.answer(rpc_method="initialize", status=500)
+        live = await work(session)
+    recorder.clear()
+    async with running(recorder.url) as session:
+        assert await work(session) == live
+        assert await add(session, 3, 4) == 7
+        second = session.session_id
+    assert {exchange.session_id for exchange in recorder.exchanges if is_call(exchange)} == {second}
+    assert second not in {exchange.session_id for exchange in recorder.exchanges if exchange.method == "DELETE"}
+
+
 @pytest.mark.parametrize("end", ["close", "detach"])
 async def test_another_end_of_a_session_than_before_is_another_path(recorded_peer, running, end):
     recorder = recorded_peer(*PLAIN)
@@ -1188,12 +1252,12 @@ async def test_a_retry_repeats_no_finished_call(recorded_peer, running):
 async def test_a_journal_for_redeliveries_only_is_not_for_retries(recorded_peer, running):
     recorder = recorded_peer(*PLAIN)
     made = []
-    for attempt, is_retried in [(0, False), (0, True), (1, True), (2, True)]:
+    for attempt, is_retried in [(0, False), (0, True), (1, False), (1, True), (2, True)]:
         async with running(recorder.url, attempt, keeps_over_retries=False) as session:
             assert await add(session, 1, 2) == 3
             await session._journal.end(is_done=False, is_retried=is_retried)
         made.append(len(calls_in(recorder)))
-    assert made == [1, 1, 2, 3]
+    assert made == [1, 1, 2, 2, 3]
 
 
 async def test_a_journal_for_redeliveries_only_goes_on_where_a_killed_process_was_counted_as_an_attempt(
