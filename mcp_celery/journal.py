@@ -54,6 +54,7 @@ class Entry:
         token: Where the response can be continued; None where the server has said nothing yet.
         ending: How it ended; None while it is under way. "broken": nobody knows whether it has run, and its task went
             on. "cancelled": the same, and it cannot be continued.
+        ended_in: `request.retries` of the attempt in which it ended.
         result: What the server answered, JSON types.
         failure: Class name and arguments of the error that the call ended with; JSON types.
         question: Kept free for what the server asks of the client while the call is under way.
@@ -65,6 +66,7 @@ class Entry:
     attempt: int
     token: str | None = None
     ending: Ending | None = None
+    ended_in: int = 0
     result: Mapping[str, Any] | None = None
     failure: Mapping[str, Any] | None = None
     question: Mapping[str, Any] | None = None
@@ -143,8 +145,8 @@ class Journal:
         self._renewal = asyncio.create_task(self._renew(), name=f"mcp_celery lease of {self._task_id}")
         # An attempt whose process was killed has not ended by itself, and is gone on with.
         ended = int(claim.fields.get("ended", -1))
-        if not self._keeps_over_retries and ended >= 0 and ended < self._attempt:
-            await self._cut(0)
+        if not self._keeps_over_retries and 0 <= ended < self._attempt:
+            await self._cut(0, "ended")
 
     async def end(self, *, is_done: bool, is_retried: bool = False) -> None:
         """Give the lease back. With *is_done* the task has ended, and all is forgotten; *is_retried* is noted."""
@@ -195,7 +197,7 @@ class Journal:
         """
         number, digest = self._next, digest_of(server, method, params)
         entry = self._entries.get(number)
-        if entry is not None and entry.failure is not None and entry.attempt < self._attempt:
+        if entry is not None and entry.failure is not None and entry.ended_in < self._attempt:
             # A retry is there to do better where the attempt before it has failed; not twice what may have run.
             may_have_run = entry.ending in {"broken", "cancelled"}
             await self._cut(number + may_have_run)
@@ -215,7 +217,7 @@ class Journal:
             self._next += 1
             return entry, True
         entry = Entry(number=number, what=what, digest=digest, attempt=self._attempt)
-        await self._write({f"call:{number}": json.dumps([what, digest, self._attempt])})
+        await self._write(_noted(entry))
         self._entries[number] = entry
         self._next += 1
         return entry, False
@@ -261,10 +263,11 @@ class Journal:
         entry = self._entries[entry.number] = replace(entry, token=None)
         return entry
 
-    async def withdraw(self, entry: Entry) -> None:
-        """Forget a call that has not reached the server."""
+    async def withdraw(self, entry: Entry, failure: Mapping[str, Any]) -> None:
+        """Forget a call that has not reached the server, unless the task makes another one after it."""
         await self._cut(entry.number)
-        self._next = entry.number
+        self._entries[entry.number] = entry
+        self._pending = {**_noted(entry), f"end:{entry.number}": self._ended(entry, failure, "failed")}
 
     async def note_session(self, handle: SessionHandle) -> None:
         """Keep the handle of a session that this execution has opened, for the next one."""
@@ -275,10 +278,12 @@ class Journal:
 
     def _ended(self, entry: Entry, value: Mapping[str, Any], ending: Ending) -> str:
         """Note the end of a call here, and return what is to be written of it."""
-        text = self._packed({"kind": ending, "value": value}, entry.what)
+        text = self._packed({"kind": ending, "attempt": self._attempt, "value": value}, entry.what)
         result, failure = (value, None) if ending == "result" else (None, value)
         known = self._entries[entry.number]
-        self._entries[entry.number] = replace(known, ending=ending, result=result, failure=failure)
+        self._entries[entry.number] = replace(
+            known, ending=ending, ended_in=self._attempt, result=result, failure=failure
+        )
         return text
 
     def _read(self, fields: Mapping[str, str]) -> None:
@@ -295,6 +300,7 @@ class Journal:
                     attempt=attempt,
                     token=fields.get(f"token:{number}"),
                     ending=ended.get("kind"),
+                    ended_in=ended.get("attempt", 0),
                     result=ended.get("value") if ended.get("kind") == "result" else None,
                     failure=ended.get("value") if ended.get("kind") != "result" else None,
                     question=json.loads(fields.get(f"question:{number}", "null")),
@@ -303,10 +309,10 @@ class Journal:
                 self.sessions[rest] = SessionHandle.load(text)
         self.is_continued = bool(self._entries or self.sessions)
 
-    async def _cut(self, first: int) -> None:
-        """Forget the calls from number *first* on: they are made anew."""
+    async def _cut(self, first: int, *more: str) -> None:
+        """Forget the calls from number *first* on, which are made anew, and *more* fields."""
         gone = [number for number in self._entries if number >= first]
-        names = [f"{kind}:{number}" for number in gone for kind in ("call", "token", "end", "question")]
+        names = [*more, *(f"{kind}:{number}" for number in gone for kind in ("call", "token", "end", "question"))]
         if names and not await self._patiently(lambda: self._store.cut_journal(self._task_id, self._owner, names)):
             raise self._superseded()
         for number in gone:
@@ -325,9 +331,9 @@ class Journal:
 
     async def _write(self, fields: Mapping[str, str]) -> None:
         fields = {**self._pending, **fields}
-        self._pending = {}
         if not await self._patiently(lambda: self._write_now(fields)):
             raise self._superseded()
+        self._pending = {}
 
     async def has_lost_lease(self) -> bool:
         """Ask the store whether another execution has taken over; where it does not answer, that is not known."""
@@ -360,6 +366,11 @@ class Journal:
     @staticmethod
     async def _in_thread(question: Callable[..., Any], *arguments: Any) -> Any:
         return await anyio.to_thread.run_sync(question, *arguments)
+
+
+def _noted(entry: Entry) -> dict[str, str]:
+    """Return what is written before a call is sent."""
+    return {f"call:{entry.number}": json.dumps([entry.what, entry.digest, entry.attempt])}
 
 
 def _unpacked(text: str) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import math
 import ssl
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import anyio
 import httpx2
@@ -58,6 +58,8 @@ BROKEN_OFF_SECONDS = 2.0
 LISTING_SECONDS = 10.0
 #: Calls of one task that are remembered for the history.
 MAX_CALLS = 100
+#: How servers refuse an event ID: 400 in TypeScript, 405 where streams cannot be resumed, 404 and 410 for what is gone.
+TOKEN_REFUSED = frozenset({400, 404, 405, 410})
 #: A deadline may be seen to have passed so much too early.
 CLOCK_SECONDS = 0.01
 #: Pages of a tool listing that are read in search of one tool.
@@ -127,10 +129,15 @@ def failure_of(exc: MCPError | MCPCeleryError) -> dict[str, Any]:
     return {"class": type(exc).__name__, "args": list(exc.args)}
 
 
+def raise_again(failure: Mapping[str, Any]) -> NoReturn:
+    """Raise what `failure_of` has kept."""
+    raise _FAILURES[failure["class"]](*failure["args"])
+
+
 def replayed(entry: Entry, result_type: type[R]) -> R:
     """Return the result of a call that was made before, or raise its error."""
     if entry.failure is not None and "class" in entry.failure:
-        raise _FAILURES[entry.failure["class"]](*entry.failure["args"])
+        raise_again(entry.failure)
     answer = entry.failure["result"] if entry.failure is not None else entry.result
     return result_type.model_validate(answer, by_name=False)
 
@@ -318,24 +325,35 @@ class AsyncMCPSession:
         if self._journal is None:
             return await act()
         entry, _ = await self._journal.enter(f"session {what}", self.server, f"session/{what}", {})
-        if entry.result is None:
-            handle = await act()
+        if not entry.has_ended:
+            try:
+                handle = await act()
+            except TransportError as exc:
+                self._journal.break_off(entry, failure_of(exc))
+                raise
             await self._journal.finish(entry, {"handle": None if handle is None else handle.dumps()})
             return handle
-        text = entry.result["handle"]
+        text = (entry.result or {}).get("handle")
         handle = None if text is None else SessionHandle.load(text)
         async with self._lock:
             await act_again(handle)
+        if entry.failure is not None:
+            raise_again(entry.failure)
         return handle
 
     async def _open(self) -> SessionHandle | None:
         async with self._lock:
             if self.is_open:
                 return self.handle
+            before = self._given, self._ended, self._lost_at or (time.time() if self.is_lost else None)
             if self._ended is not None or self.is_lost:
                 await self._drop()
                 self._given = self._ended = self._lost_at = None
-            await self._enter()
+            try:
+                await self._enter()
+            except BaseException:
+                self._given, self._ended, self._lost_at = before
+                raise
             if self._given is None:
                 await self._tell("opened", self.handle)
                 if self._journal is not None and self.handle is not None:
@@ -376,9 +394,8 @@ class AsyncMCPSession:
 
         async def forget(handle: SessionHandle | None) -> None:
             await self._drop()
-            if handle is not None:
-                self._ended = "closed"
-                await self._tell("closed", handle)
+            self._ended = self._ended or "closed"
+            await self._tell("closed", handle)
 
         await self._once("close", self.end, forget)
 
@@ -539,8 +556,7 @@ class AsyncMCPSession:
                 question.what, lambda client: question.call(client, metadata), timeout_seconds, cancels_after=patience
             )
         except TransportError as exc:
-            is_refused = exc.status is not None and exc.status < httpx2.codes.INTERNAL_SERVER_ERROR
-            if not (may_have_run and entry.token is not None and is_refused):
+            if not (may_have_run and entry.token is not None and exc.status in TOKEN_REFUSED):
                 raise
             await self._check_repeatable(journal, question)
             return await self._make(
@@ -556,7 +572,7 @@ class AsyncMCPSession:
             case ToolError():
                 await journal.finish(entry, failure_of(exc), "failed")
             case TransportError(sent=False) if not may_have_run:
-                await journal.withdraw(entry)
+                await journal.withdraw(entry, failure_of(exc))
             case TransportError(cancelled=True):
                 await journal.finish(entry, failure_of(exc), "cancelled")
             case TransportError() | SessionLostError():

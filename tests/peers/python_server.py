@@ -70,7 +70,7 @@ def offer_list_of_sessions(server: MCPServer) -> None:
     @server.custom_route("/sessions", methods=["GET"])
     async def sessions(_: Request) -> Response:
         open_now = list(server.session_manager._server_instances)
-        return JSONResponse([hashlib.sha256(session_id.encode()).hexdigest()[:32] for session_id in open_now])
+        return JSONResponse([hashlib.sha256(session_id.encode()).hexdigest()[:24] for session_id in open_now])
 
 
 def event_store(arguments: argparse.Namespace) -> EventStore | None:
