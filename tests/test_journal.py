@@ -736,7 +736,7 @@ def nowhere():
 
 
 @pytest.mark.parametrize("is_open", [True, False])
-async def test_a_call_that_could_not_reach_the_server_is_forgotten_unless_the_task_makes_another_one(
+async def test_a_call_that_was_not_sent_is_forgotten_unless_another_follows(
     recorded_peer, running, client, nowhere, is_open
 ):
     if is_open:
