@@ -9,8 +9,6 @@ from workload import VISIBILITY_SECONDS
 INTERRUPTED = frozenset({"CallInterruptedError"})
 CUT_OFF = frozenset({"TransportError"})
 LOST = frozenset({"SessionLostError", "TransportError"})
-#: Celery makes four attempts to publish, within 0.6 s; a Valkey that starts again may load its data for longer.
-UNPUBLISHED = frozenset({"OperationalError"})
 NONE: frozenset[str] = frozenset()
 
 #: Until a message is given to another worker, which waits for the lease to lapse, and then some.
@@ -59,7 +57,7 @@ FAULTS = {
     "broker connections cut": Fault(lambda arena: arena.broker.cut()),
     "store connections cut": Fault(lambda arena: arena.store.cut()),
     "store held up": Fault(hold_up_store),
-    "valkey restarted": Fault(Arena.restart_valkey, UNPUBLISHED),
+    "valkey restarted": Fault(Arena.restart_valkey),
     "responses cut off": Fault(cut_off_responses, NONE, CUT_OFF),
     "responses cut off before a token": Fault(
         lambda arena: arena.recorder.cut(rpc_method="tools/call", after_events=0), CUT_OFF

@@ -10,8 +10,6 @@ from mcp_celery import journal, redis_store
 #: What a harness cannot wait for; the rest is as users have it.
 journal.LEASE_SECONDS = 3.0
 journal.POLL_SECONDS = 0.2
-# In proportion to the lease, which is to survive one pause: else a run that lives would lose it in a short outage.
-redis_store.PAUSE_SECONDS = 1.0
 redis_store.ENDING_SECONDS = 3.0
 redis_store.ABANDONED_SECONDS = 2.0
 
