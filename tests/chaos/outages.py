@@ -10,7 +10,7 @@ INTERRUPTED = frozenset({"CallInterruptedError"})
 CUT_OFF = frozenset({"TransportError"})
 LOST = frozenset({"SessionLostError", "TransportError"})
 #: Celery makes four attempts to publish, within 0.6 s; a Valkey that starts again may load its data for longer.
-UNPUBLISHED = frozenset({"OperationalError"})
+UNPUBLISHED = frozenset({"OperationalError", "ConnectionError", "ChordError"})
 NONE: frozenset[str] = frozenset()
 
 #: Until a message is given to another worker, which waits for the lease to lapse, and then some.

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from functools import partial
 
 import calls
-from celery import Celery, chain
+from celery import Celery, chain, chord, group
+from celery.exceptions import Reject
 from celery.signals import after_task_publish, before_task_publish
 from redis import Redis
 
 # Many processes are killed here, and those that come after them need not load the SDK anew.
 import mcp_celery.session  # noqa: F401
-from mcp_celery import MCPTask, TransportError, journal
+from mcp_celery import MCPTask, TransportError, journal, redis_store
 from mcp_celery.known_tasks import journal_id
 
 #: By name: the URL of a server, and its kind, as `calls` takes it.
@@ -39,6 +40,8 @@ app.conf.update(
     },
 )
 journal.LEASE_SECONDS = float(os.environ.get("LEASE", journal.LEASE_SECONDS))
+#: As short as a test can wait, and longer than a killed process takes to be replaced.
+redis_store.ABANDONED_SECONDS = 2.0
 
 redis = Redis.from_url(os.environ["BROKER"], decode_responses=True)
 
@@ -76,10 +79,16 @@ def dies(name):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dies_on_a_call(self, number):
-    """Die once the token of a call is in the journal, where there are tokens."""
+def has_token(journal):
+    """Whether a call that has not ended has its token in a journal."""
+    fields = set(redis.hkeys(f"{{mcp_celery}}:journal:{journal}"))
+    return any(f"end:{name[6:]}" not in fields for name in fields if name.startswith("token:"))
+
+
+def dies_on_a_call(self):
+    """Die once the token of the call under way is in the journal, where there are tokens."""
     deadline = time.monotonic() + 5
-    while not redis.hexists(f"{{mcp_celery}}:journal:{journal_id(self.request)}", f"token:{number}"):
+    while not has_token(journal_id(self.request)):
         if time.monotonic() > deadline:
             raise TimeoutError("no token")
         time.sleep(0.01)
@@ -98,7 +107,9 @@ def _before(**_):
 
 
 @after_task_publish.connect
-def _after(**_):
+def _after(headers, **_):
+    if headers["retries"]:
+        redis.rpush("retries", headers["id"])
     _at_publishing.get("after", lambda: None)()
 
 
@@ -121,7 +132,7 @@ def work(self, server, where=None, tool="slow", seconds=0.2):
     def report(progress, *_):
         reports.append(progress)
         if where == "within":
-            dies_on_a_call(self, 1)
+            dies_on_a_call(self)
         if where == "without a token":
             dies(self.request.id)
 
@@ -135,6 +146,8 @@ def work(self, server, where=None, tool="slow", seconds=0.2):
 works = task(name="works")(work)
 calls_again = task(name="calls_again", mcp_on_interrupted="call-again")(work)
 is_retried = task(name="is_retried", retry_on_worker_lost=True)(work)
+is_retried_anew = task(name="is_retried_anew", mcp_durable="redelivery", retry_on_worker_lost=True)(work)
+is_acked_early = task(name="is_acked_early", acks_late=False)(work)
 
 
 @task()
@@ -148,10 +161,12 @@ def strays(self):
     self.mcp["store"].call_tool("add", {"a": 1, "b": 2})
 
 
-def retry(self, failures):
-    """Use a tool, then ask for a retry until *failures* of them were made."""
+def retry(self, failures, where=None):
+    """Use a tool, then ask for a retry until *failures* of them were made. Die *where* it is said."""
     begins(self)
     echo(self, "store", "once")
+    if where == "between":
+        dies(self.request.id)
     self.mcp["store"].call_tool("fail", raise_on_error=False)
     if self.request.retries < failures:
         raise self.retry(exc=RuntimeError("not yet"))
@@ -159,7 +174,7 @@ def retry(self, failures):
 
 
 retries = task(name="retries")(retry)
-retries_anew = task(name="retries_anew", mcp_durable="redelivery")(retry)
+retries_anew = task(name="retries_anew", mcp_durable="redelivery", retry_on_worker_lost=True)(retry)
 
 
 @task(autoretry_for=(TransportError,), retry_backoff=False)
@@ -167,6 +182,97 @@ def retries_by_itself(self, text):
     begins(self)
     echo(self, "store", "once")
     return echo(self, "store", text)
+
+
+@task()
+def retries_beside(self):
+    """Have a retry published, and go on."""
+    begins(self)
+    echo(self, "store", "once")
+    if not self.request.retries:
+        self.retry(throw=False)
+    echo(self, "store", "beside")
+
+
+@task(default_retry_delay=1)
+def retries_later(self):
+    begins(self)
+    echo(self, "store", "once")
+    raise self.retry()
+
+
+@task()
+def rejects(self, requeue):
+    """Put the message back in the first run, or drop it."""
+    begins(self)
+    echo(self, "store", "first")
+    if len(runs_of(self.request.id)) == 1:
+        raise Reject("not now", requeue=requeue)
+    echo(self, "store", "second")
+    return "right"
+
+
+@app.task(shared=False)
+def told(name):
+    """The errback of tasks that do not fail."""
+    redis.rpush("told", name)
+
+
+@task()
+def freezes(self, how):
+    """Be frozen in the first run, until somebody wakes it; then it has an end of its own."""
+    begins(self)
+    echo(self, "store", "first")
+    if len(runs_of(self.request.id)) == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return wakes(self, how)
+    self.mcp["store"].call_tool(*calls.slow(SERVERS["store"][1], 3, 0.3))
+    return "right"
+
+
+def wakes(self, how):
+    if how == "raises":
+        raise RuntimeError("too late")
+    if how == "retries":
+        raise self.retry()
+    if how == "rejects":
+        raise Reject("too late", requeue=False)
+    if how == "calls":
+        echo(self, "store", "too late")
+    return "wrong"
+
+
+@task()
+def closes(self, where):
+    """Work in two sessions, one after the other, and die *where* it is said."""
+    begins(self)
+    session = self.mcp["store"]
+    session.open()
+    if where == "opened":
+        dies(self.request.id)
+    echo(self, "store", "first")
+    session.close()
+    if where == "closed":
+        dies(self.request.id)
+    session.open()
+    if where == "opened again":
+        dies(self.request.id)
+    arguments = calls.slow(SERVERS["store"][1], 3, 0.2)
+    session.call_tool(*arguments, on_progress=lambda *_: dies_on_a_call(self) if where == "within" else None)
+    echo(self, "store", "last")
+    return "right"
+
+
+@task()
+def detaches(self):
+    """Detach a session and die; then work in another one."""
+    begins(self)
+    echo(self, "store", "first")
+    handle = self.mcp["store"].detach()
+    redis.rpush(f"detached:{self.request.id}", handle.dumps())
+    dies(self.request.id)
+    self.mcp["store"].open()
+    echo(self, "store", "second")
 
 
 def keep(self):
@@ -202,6 +308,15 @@ def totals(self, values):
 
 
 @task()
+def doubles(self, value, where=None):
+    begins(self)
+    echo(self, "store", "double")
+    if where == "after":
+        dies(self.request.id)
+    return 2 * value
+
+
+@task()
 def begets(self, when, nth=1):
     """Call one tool; die while what follows is published."""
     begins(self)
@@ -211,13 +326,24 @@ def begets(self, when, nth=1):
 
 @task()
 def replaces(self, kind, where=None, when=None):
-    """Be replaced by a task that makes a call, or by two of them."""
+    """Be replaced by what makes calls, and dies *where* it is said."""
     begins(self)
     echo(self, "store", "replaced")
     if when is not None:
         dies_at_publishing(self, when, 1)
-    sig = works.si("store", where) if kind == "task" else chain(notes.si(where=where), works.si("store"))
-    raise self.replace(sig)
+    raise self.replace(replacement(kind, where))
+
+
+def replacement(kind, where):
+    members, end = [notes.si(where=where), notes.si()], doubles.s(where=where)
+    kinds = {
+        "task": lambda: works.si("store", where),
+        "chain": lambda: chain(notes.si(where=where), works.si("store")),
+        "chord": lambda: chord(members, chain(totals.s(), end)),
+        "chain with a chord": lambda: chain(notes.si(), chord(members, chain(totals.s(), end))),
+        "chain with a group": lambda: chain(notes.si(), group(members), totals.s(), end),
+    }
+    return kinds[kind]()
 
 
 @task()

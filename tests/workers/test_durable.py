@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import itertools
 import json
 import os
 import re
@@ -12,13 +13,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from calls import is_call
-from celery import chain, chord, group
+from celery import chain, chord, group, uuid
+from celery.exceptions import TaskRevokedError
 from peers.recorder import Recorder
 from processes import wait_until
 from worker_process import Worker
 
-from mcp_celery import CallInterruptedError, ConfigurationError, JournalMismatchError
+from mcp_celery import CallInterruptedError, ConfigurationError, JournalMismatchError, SessionHandle
+from mcp_celery.redis_store import get_store
 from mcp_celery.settings import ServerSettings
 from mcp_celery.sync_session import new_session
 
@@ -30,8 +34,10 @@ KINDS = {
     "typescript": ("typescript", "--event-store"),
     "everything": ("everything",),
 }
-DATABASE, QUICK_DATABASE = 6, 7
+DATABASE, QUICK_DATABASE, UNSTORED_DATABASE = 6, 7, 11
 RESULT_SECONDS = 20
+#: No two workers have the same name, and so none has the log of another.
+NUMBERS = itertools.count()
 
 
 class Durable:
@@ -67,10 +73,16 @@ class Durable:
         self.app.close()
         self.tasks.redis.close()
 
-    def log(self, name):
-        """What a worker has logged in this test."""
-        worker = next(worker for worker in self.workers if worker.name == name)
-        return worker.log()[self._marks.get(name, 0) :]
+    def logs(self):
+        """What each worker has logged in this test, by name."""
+        return {worker.name: worker.log()[self._marks.get(worker.name, 0) :] for worker in self.workers}
+
+    def is_logged(self, text, times=1):
+        return sum(log.count(text) for log in self.logs().values()) >= times
+
+    def worker_of(self, name):
+        """The worker that gave its name to a run."""
+        return next(worker for worker in self.workers if worker.name == name.partition("@")[0])
 
     def recorder(self, server="store"):
         if server not in self.recorders:
@@ -79,6 +91,16 @@ class Durable:
 
     def get(self, result):
         return result.get(timeout=RESULT_SECONDS)
+
+    def wait_until_under_way(self, *results):
+        """Wait until each of these tasks has begun its slow call, and can continue it."""
+
+        def begun():
+            return sum(is_call(exchange) and exchange.rpc_params["name"] == "slow" for exchange in recorder.exchanges)
+
+        recorder = self.recorder()
+        wait_until(lambda: begun() == len(results), 15, "the slow calls")
+        wait_until(lambda: all(self.tasks.has_token(result.id) for result in results), what="their tokens")
 
     def runs(self, result):
         """The worker and the process of each run of a task, in order."""
@@ -176,8 +198,8 @@ def used(durable):
     try:
         yield durable
     finally:
-        for worker in durable.workers:
-            print(f"--- worker {worker.name}\n{durable.log(worker.name)}")
+        for name, log in durable.logs().items():
+            print(f"--- worker {name}\n{log}")
 
 
 @pytest.fixture
@@ -186,15 +208,24 @@ def durable(one_worker):
     yield from used(one_worker)
 
 
+@pytest.fixture(scope="module")
+def quick_app(peers, recorders, valkey_server, tmp_path_factory):
+    """Messages come again after a second, while leases last for two."""
+    broker, folder = f"{valkey_server.connection_url}/{QUICK_DATABASE}", tmp_path_factory.mktemp("quick")
+    with started(peers, recorders, broker, folder, VISIBILITY="1", LEASE="2") as durable:
+        yield durable
+
+
 @pytest.fixture
-def quick(peers, recorders, valkey_server, tmp_path):
-    """Two workers, whose messages come again after a second, while leases last for two."""
-    broker = f"{valkey_server.connection_url}/{QUICK_DATABASE}"
-    with started(peers, recorders, broker, tmp_path, VISIBILITY="1", LEASE="2") as durable:
-        durable.begin()
-        durable.start_worker("b")
-        durable.start_worker("c")
-        yield from used(durable)
+def quick(quick_app):
+    """Two workers, with enough processes for all the copies of some messages."""
+    if not quick_app.is_idle():  # after a test that has failed, which is to be the only one
+        for worker in quick_app.workers:
+            worker.kill()
+    quick_app.workers = [worker for worker in quick_app.workers if worker.running]
+    while len(quick_app.workers) < 2:
+        quick_app.start_worker(f"quick{next(NUMBERS)}", "-c", "6")
+    yield from used(quick_app)
 
 
 def calls_of(recorder):
@@ -276,9 +307,10 @@ def test_a_task_killed_before_its_first_call_or_after_its_last_makes_it_once(dur
     durable.assert_ended()
 
 
-def test_a_lost_process_may_be_a_retry_too(durable):
+@pytest.mark.parametrize("task", ["is_retried", "is_retried_anew"])
+def test_a_lost_process_may_be_a_retry_too(durable, task):
     recorder = durable.recorder()
-    result = durable.tasks.is_retried.delay("store", "within")
+    result = getattr(durable.tasks, task).delay("store", "within")
     assert durable.get(result)["texts"] == ["first", "done", "last"]
     assert len(durable.runs(result)) == 2
     assert calls_of(recorder) == {"first": 1, "slow": 1, "last": 1}
@@ -345,6 +377,106 @@ def test_a_retry_of_a_task_that_is_durable_for_redeliveries_only_makes_all_calls
     assert durable.get(result) == 2
     assert calls_of(durable.recorder()) == {"once": 3, "fail": 3}
     durable.assert_ended()
+
+
+def test_of_two_retries_only_that_which_the_task_has_asked_for_makes_all_calls_anew(durable):
+    result = durable.tasks.retries_anew.delay(2, "between")
+    assert durable.get(result) == 2
+    assert len(durable.runs(result)) == 3
+    assert calls_of(durable.recorder()) == {"once": 2, "fail": 2}
+    durable.assert_ended()
+
+
+def test_an_attempt_that_goes_on_beside_its_retry_leaves_the_task_to_that(durable):
+    result = durable.tasks.retries_beside.delay()
+    wait_until(lambda: len(durable.runs(result)) == 2, 15, "the second attempt")
+    durable.assert_ended()
+    assert requests(durable.recorder()) == [*HANDSHAKE, CALL, CALL, "DELETE"]
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_message_that_was_put_back_continues_in_the_same_session(durable, opens):
+    t = durable.tasks
+    before = [] if opens else [t.notes.si()]
+    result = chain(*before, t.rejects.si(requeue=True)).delay()
+    assert durable.get(result) == "right"
+    assert len(durable.runs(result)) == 2
+    assert requests(durable.recorder()) == [*HANDSHAKE, *[CALL] * len(before), CALL, CALL, "DELETE"]
+    durable.assert_ended()
+
+
+# Sessions that the task itself opens and ends
+
+
+@pytest.mark.parametrize("where", ["opened", "closed", "opened again", "within"])
+def test_what_a_killed_task_did_to_its_sessions_is_not_done_again(durable, where):
+    recorder, before = durable.recorder(), durable.executions("store")
+    result = durable.tasks.closes.delay(where)
+    assert durable.get(result) == "right"
+    assert len(durable.runs(result)) == 2
+    assert durable.executions("store") == before + 1
+    continued = ["GET"] * requests(recorder).count("GET")
+    first = [*HANDSHAKE, CALL, "DELETE"]
+    assert requests(recorder) == [*first, *HANDSHAKE, CALL, *continued, CALL, "DELETE"]
+    assert bool(continued) == (where == "within")
+    durable.assert_ended(sessions=2)
+
+
+def test_a_killed_task_that_had_detached_its_session_gets_the_same_handle(durable):
+    recorder = durable.recorder()
+    result = durable.tasks.detaches.delay()
+    durable.get(result)
+    first, second = map(SessionHandle.load, durable.tasks.redis.lrange(f"detached:{result.id}", 0, -1))
+    assert first == second
+    wait_until(lambda: "DELETE" in recorder.methods())
+    assert requests(recorder) == [*HANDSHAKE, CALL, *HANDSHAKE, CALL, "DELETE"]
+    assert recorder.exchanges[-1].session_id != first.session_id
+    wait_until(lambda: not durable.stored(), 15, "an empty store")
+
+
+# Tasks that do not run again
+
+
+def test_a_message_that_was_rejected_leaves_nothing(durable):
+    result = durable.tasks.rejects.delay(requeue=False)
+    durable.assert_ended()
+    assert len(durable.runs(result)) == 1
+
+
+def test_a_task_that_came_to_its_hard_time_limit_leaves_nothing(durable):
+    result = durable.tasks.works.apply_async(("store",), {"seconds": 10}, time_limit=1)
+    with pytest.raises(TimeLimitExceeded):
+        durable.get(result)
+    durable.assert_ended()
+    assert len(durable.runs(result)) == 1
+
+
+def test_a_killed_task_whose_message_was_acknowledged_before_leaves_nothing(durable):
+    result = durable.tasks.is_acked_early.delay("store", "within")
+    with pytest.raises(WorkerLostError):
+        durable.get(result)
+    durable.assert_ended()
+    assert len(durable.runs(result)) == 1
+
+
+def test_a_task_that_is_revoked_while_it_runs_leaves_nothing(durable):
+    result = durable.tasks.works.delay("store", seconds=10)
+    durable.wait_until_under_way(result)
+    durable.app.control.revoke(result.id, terminate=True)
+    with pytest.raises(TaskRevokedError):
+        durable.get(result)
+    durable.assert_ended()
+    assert len(durable.runs(result)) == 1
+
+
+def test_a_task_that_is_revoked_before_its_retry_leaves_nothing(durable):
+    result = durable.tasks.retries_later.delay()
+    wait_until(lambda: durable.tasks.redis.lrange("retries", 0, -1), what="a retry")
+    durable.app.control.revoke(result.id)
+    with pytest.raises(TaskRevokedError):
+        durable.get(result)
+    durable.assert_ended()
+    assert calls_of(durable.recorder()) == {"once": 1}
 
 
 # In workflows
@@ -431,6 +563,17 @@ def test_a_chain_may_replace_a_task_and_be_killed(durable, where):
     assert calls_of(durable.recorder()) == {"replaced": 1, "note": 1, "first": 1, "slow": 1, "last": 1}
 
 
+@pytest.mark.parametrize("where", [None, "after"])
+@pytest.mark.parametrize(
+    ("kind", "notes"), [("chord", 2), ("chain with a chord", 3), ("chain with a group", 3)], ids=str
+)
+def test_each_task_of_a_workflow_that_replaces_a_task_has_a_journal_of_its_own(durable, kind, notes, where):
+    result = durable.tasks.replaces.delay(kind, where)
+    assert durable.get(result) == 4
+    durable.assert_ended()
+    assert calls_of(durable.recorder()) == {"replaced": 1, "note": notes, "total": 1, "double": 1}
+
+
 def test_the_items_of_a_mapped_task_are_calls_of_one_execution(durable):
     assert durable.get(durable.tasks.takes_items.map([0, 1, 2]).delay()) == [0, 1, 2]
     durable.assert_ended()
@@ -440,33 +583,88 @@ def test_the_items_of_a_mapped_task_are_calls_of_one_execution(durable):
 # The whole worker, and two runs at once
 
 
-def test_another_worker_goes_on_where_a_whole_worker_was_killed(quick):
-    result = quick.tasks.works.delay("store", "within a worker", seconds=1)
-    quick.recorder().wait_for(lambda exchange: is_call(exchange) and exchange.rpc_params["name"] == "slow")
-    key = f"{{mcp_celery}}:journal:{result.id}"
-    wait_until(lambda: quick.tasks.redis.hexists(key, "token:1"), what="the token")
+@pytest.mark.parametrize("cold", [False, True], ids=["killed", "shut down at once"])
+def test_another_worker_goes_on_where_a_whole_worker_has_ended(quick, cold):
+    before = quick.executions("store")
+    result = quick.tasks.works.delay("store", seconds=1)
+    quick.wait_until_under_way(result)
     # The second run may wait already, since the message has come again.
     ((name, _),) = quick.runs(result)
-    next(worker for worker in quick.workers if worker.name == name.partition("@")[0]).kill()
-    outcome = quick.get(result)
-    assert outcome["texts"] == ["first", "done", "last"]
+    worker = quick.worker_of(name)
+    if cold:
+        os.kill(worker.pid, signal.SIGQUIT)
+    else:
+        worker.kill()
+    assert quick.get(result)["texts"] == ["first", "done", "last"]
+    (other,) = (other for other in quick.workers if other is not worker)
+    assert [quick.worker_of(name) for name, _ in quick.runs(result)] == [worker, other]
     assert calls_of(quick.recorder()) == {"first": 1, "slow": 1, "last": 1}
-    assert {worker for worker, _ in quick.runs(result)} == {
-        f"{name}" for name in {run[0] for run in quick.runs(result)}
-    }
-    assert len({worker for worker, _ in quick.runs(result)}) == 2
+    assert quick.executions("store") == before + 1
+    wait_until(lambda: not worker.running, 20, "the end of a worker")
     quick.assert_ended()
+
+
+def test_tasks_go_on_where_a_worker_of_threads_was_killed(quick):
+    for worker in quick.workers:
+        worker.kill()
+    quick.start_worker(f"threads{next(NUMBERS)}", "-P", "threads")
+    results = [quick.tasks.works.delay("store", seconds=0.5) for _ in range(2)]
+    quick.wait_until_under_way(*results)
+    quick.workers[-1].kill()
+    quick.start_worker(f"threads{next(NUMBERS)}", "-P", "threads")
+    for result in results:
+        assert quick.get(result)["texts"] == ["first", "done", "last"]
+        assert len({worker for worker, _ in quick.runs(result)}) == 2
+    assert calls_of(quick.recorder()) == {"first": 2, "slow": 2, "last": 2}
+    quick.assert_ended(sessions=2)
+    quick.workers[-1].kill()
 
 
 def test_a_second_run_beside_the_first_one_waits_and_has_nothing_to_do(quick):
     result = quick.tasks.works.delay("store", seconds=1)
     assert quick.get(result) == {"texts": ["first", "done", "last"], "reports": [1, 2, 3]}
     assert len(quick.runs(result)) == 1, "only one has come to the function"
-    wait_until(lambda: "goes no further here: The task has ended before" in quick.log("b") + quick.log("c"))
-    assert "waiting for its lease" in quick.log("b") + quick.log("c")
+    wait_until(lambda: quick.is_logged("goes no further here: The task has ended before"))
+    assert quick.is_logged("waiting for its lease")
     assert calls_of(quick.recorder()) == {"first": 1, "slow": 1, "last": 1}
     assert quick.get(result)["texts"] == ["first", "done", "last"], "the result stays"
     quick.assert_ended()
+
+
+@pytest.mark.parametrize("until", ["runs", "has ended"])
+@pytest.mark.parametrize("ends", [("returns",), ("calls", "raises", "retries", "rejects")], ids=" ".join)
+def test_a_run_that_was_frozen_until_another_one_has_no_effect(quick, ends, until):
+    t = quick.tasks
+    results = [t.freezes.apply_async((how,), link_error=t.told.si(how)) for how in ends]
+    try:
+        for result in results:
+            wait_until(lambda result=result: len(quick.runs(result)) == 2, 20, "a second run")
+            if until == "has ended":
+                assert quick.get(result) == "right"
+    finally:
+        for result in results:
+            _, pid = quick.runs(result)[0]
+            os.kill(pid, signal.SIGCONT)
+    assert [quick.get(result) for result in results] == ["right"] * len(ends)
+    quick.assert_ended(sessions=len(ends))
+    assert calls_of(quick.recorder()) == {"first": len(ends), "slow": len(ends)}
+    assert [len(quick.runs(result)) for result in results] == [2] * len(ends)
+    assert t.redis.lrange("told", 0, -1) == []
+    assert t.redis.lrange("retries", 0, -1) == []
+
+
+def test_a_soft_time_limit_that_comes_while_a_run_waits_for_the_lease_puts_the_message_back(durable):
+    t, store, task_id = durable.tasks, get_store(durable.app.conf), uuid()
+    assert store.claim_journal(task_id, "another run", 60).standing == "mine"
+    result = t.notes.apply_async(task_id=task_id, soft_time_limit=1, link_error=t.told.si("notes"))
+    wait_until(lambda: durable.is_logged(f"Task durable.notes[{task_id}] received", 2) or result.ready(), 15)
+    assert not result.ready()
+    assert durable.is_logged("Soft time limit (1s) exceeded")
+    store.release_journal(task_id, "another run")
+    assert durable.get(result) == 1
+    assert calls_of(durable.recorder()) == {"note": 1}
+    assert t.redis.lrange("told", 0, -1) == []
+    durable.assert_ended()
 
 
 # Not durable
@@ -483,7 +681,7 @@ def test_a_task_that_is_not_durable_resumes_the_session_that_its_killed_run_had_
 
 
 def test_a_durable_task_without_a_store_is_a_mistake(peers, recorders, valkey_server, tmp_path):
-    broker = f"{valkey_server.connection_url}/{QUICK_DATABASE}"
+    broker = f"{valkey_server.connection_url}/{UNSTORED_DATABASE}"
     with started(peers, recorders, broker, tmp_path, STORE="") as durable:
         durable.begin()
         durable.start_worker("d", "-P", "solo")
