@@ -166,12 +166,12 @@ class Execution:
         self._given = {**journal.sessions, **self._given}
 
     def check(self) -> None:
-        """Raise what the task function has perhaps kept to itself: another execution has taken over.
+        """Raise what the task function has kept to itself or could not know: another execution has taken over.
 
         Raises:
             SupersededError: This one counts no more.
         """
-        if self._journal is not None and self._journal.journal.is_superseded:
+        if self._journal is not None and self._journal.has_lost_lease():
             raise SupersededError(HAS_TAKEN_OVER)
 
     def superseded_by(self, exc: BaseException | None) -> Ignore | Reject | None:

@@ -108,6 +108,8 @@ class Journal:
         self._entries: dict[int, Entry] = {}
         self._next = 0
         self._renewal: asyncio.Task[None] | None = None
+        #: When the lease was renewed last, by two clocks.
+        self._owned_at = (0.0, 0.0)
         #: What is written with the next call: that the one before it broke off.
         self._pending: dict[str, str] = {}
         #: By number of the call: what notes its tokens, one after the other.
@@ -131,6 +133,7 @@ class Journal:
         """
         has_waited = False
         while True:
+            self._owned_at = time.monotonic(), time.time()
             claim = await self._patiently(lambda: self._store.claim_journal(self._task_id, self._owner, LEASE_SECONDS))
             if claim.standing != "held":
                 break
@@ -336,7 +339,15 @@ class Journal:
         self._pending = {}
 
     async def has_lost_lease(self) -> bool:
-        """Ask the store whether another execution has taken over; where it does not answer, that is not known."""
+        """Return whether another execution has taken over; where the store does not answer, that is not known.
+
+        It is asked only where the lease may have lapsed since it was renewed.
+        """
+        since_monotonic, since_wall = self._owned_at
+        # One of the two stops while a machine sleeps.
+        age = max(time.monotonic() - since_monotonic, time.time() - since_wall)
+        if not self.is_superseded and 0 <= age < LEASE_SECONDS / 2:
+            return False
         try:
             return self.is_superseded or not await self._in_thread(self._write_now, {})
         except (StoreError, JournalError) as exc:
@@ -344,8 +355,11 @@ class Journal:
             return False
 
     def _write_now(self, fields: Mapping[str, str]) -> bool:
+        now = time.monotonic(), time.time()
         is_mine = self._store.write_journal(self._task_id, self._owner, fields, LEASE_SECONDS)
         self.is_superseded = self.is_superseded or not is_mine
+        if is_mine:
+            self._owned_at = now
         return is_mine
 
     def _superseded(self) -> SupersededError:

@@ -10,6 +10,7 @@ INTERRUPTED = frozenset({"CallInterruptedError"})
 CUT_OFF = frozenset({"TransportError"})
 LOST = frozenset({"SessionLostError", "TransportError"})
 #: Celery makes four attempts to publish, within 0.6 s; a Valkey that starts again may load its data for longer.
+#: So may reading a result, which is on it as well.
 UNPUBLISHED = frozenset({"OperationalError", "ConnectionError", "ChordError"})
 NONE: frozenset[str] = frozenset()
 
