@@ -69,7 +69,9 @@ class Durable:
         for worker in self.workers:
             worker.kill()
         gc.collect()  # results unsubscribe when they are collected, for which the server has to be there
-        self.app.backend.result_consumer.stop()
+        consumer = self.app.backend.result_consumer
+        consumer.stop()
+        consumer.subscribed_to.clear()  # and those that the traceback of a failed test keeps are collected too late
         self.app.close()
         self.tasks.redis.close()
 
