@@ -287,7 +287,7 @@ class Execution:
     def bind_replacement(self, signature: Signature) -> None:
         """Pass each session on to what replaces this task, or end it where nothing there takes one."""
         # The last task of it has the ID of this one; Celery says so to the outermost tasks only.
-        nesting = (signature.get("options") or {}).get("replaced_task_nesting")
+        nesting = (self._request.get("replaced_task_nesting") or 0) + 1
         for task in self._canvas.all_in(signature):
             task.setdefault("options", {})["replaced_task_nesting"] = nesting
         self._settle(self._canvas.within(signature), "replaced")
