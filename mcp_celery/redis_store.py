@@ -26,8 +26,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from kombu.utils.imports import symbol_by_name
-
 from .exceptions import ConfigurationError, JournalError, SessionHandleError, StoreError
 from .handle import SessionHandle
 from .settings import Conf, StoreSettings, store_settings
@@ -642,6 +640,8 @@ def connect(settings: StoreSettings) -> "Redis":
     }
     provider = provider or options.pop("credential_provider", None)
     if provider is not None:
+        from kombu.utils.imports import symbol_by_name  # noqa: PLC0415 - few need it
+
         # By its name, as Celery takes it.
         is_name = isinstance(provider, str)
         options["credential_provider"] = symbol_by_name(provider)() if is_name else provider  # type: ignore[no-untyped-call]

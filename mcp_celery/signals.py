@@ -12,6 +12,7 @@ from celery.signals import (
     task_postrun,
     task_prerun,
     task_revoked,
+    worker_process_init,
     worker_process_shutdown,
     worker_shutdown,
 )
@@ -148,6 +149,12 @@ def _end_carried(task: Task, request: Any, *, are_errbacks_called: bool = True) 
 def _let_go_of_revoked(sender: Task, request: Any, **_: object) -> None:
     """In a worker's main process. Expired tasks too, and those that were terminated; for none is an errback called."""
     never_runs(sender, request, are_errbacks_called=False)
+
+
+@worker_process_init.connect
+def _hide_handles_in_results(**_: object) -> None:
+    """In a process of the pool that was not forked: the worker's main process has done so."""
+    from . import results  # noqa: F401, PLC0415 - hooks into Celery's backends
 
 
 @worker_process_shutdown.connect

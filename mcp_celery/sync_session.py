@@ -74,7 +74,7 @@ class SyncJournal:
         """See `Journal.begin`."""
         self._portal.call(self.journal.begin)
 
-    def end(self, *, is_done: bool, is_retried: bool) -> None:
+    def end(self, *, is_done: bool, is_retried: bool = False) -> None:
         """See `Journal.end`."""
         self._portal.call(partial(self.journal.end, is_done=is_done, is_retried=is_retried))
 

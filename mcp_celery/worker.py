@@ -8,6 +8,7 @@ from billiard.exceptions import WorkerLostError
 from celery.app.task import Context
 from celery.worker.request import Request
 
+from . import results  # noqa: F401 - hooks into Celery's backends, in workers only
 from .known_tasks import settings_of_journal
 from .unexecuted import bind_errbacks, never_runs, release_journal
 from .workflow import KEY, Given, redacted, shown
