@@ -142,11 +142,15 @@ class Execution:
         settings = settings_of_journal(self._task)
         if settings is not None:
             self._begin_journal(settings)
-        if request.retries or (request.delivery_info or {}).get("redelivered"):
+        if request.retries or self._is_redelivered:
             found = self._ask_store(lambda store: store.held_by(self._holder)) or []
             for handle in found:
                 if handle.server not in self._given:
                     self._given[handle.server] = self._held[handle.key] = handle
+
+    @property
+    def _is_redelivered(self) -> bool:
+        return bool((self._request.delivery_info or {}).get("redelivered"))
 
     def _begin_journal(self, settings: JournalSettings) -> None:
         store = get_store(self._conf)
@@ -280,8 +284,7 @@ class Execution:
             self._wait_for_claim()
 
     def _wait_for_claim(self) -> None:
-        redelivered = (self._request.delivery_info or {}).get("redelivered")
-        if self._journal is not None and (redelivered or self._journal.journal.is_continued):
+        if self._journal is not None and (self._is_redelivered or self._journal.journal.is_continued):
             wait_for_claim(self._task, self._request)
 
     def bind_replacement(self, signature: Signature) -> None:

@@ -5,7 +5,6 @@ arguments, if `result_extended` is set. It does so before any signal tells of it
 here.
 """
 
-from collections.abc import Mapping
 from copy import copy
 from functools import wraps
 from typing import Any
@@ -19,11 +18,10 @@ _get_result_meta = Backend._get_result_meta  # noqa: SLF001 - there is no public
 
 @wraps(_get_result_meta)
 def _without_handles(self: Any, result: Any, state: Any, traceback: Any, request: Any, **options: Any) -> Any:
-    arguments = {name: getattr(request, name, None) for name in ("args", "kwargs")}
-    if any(isinstance(value, Mapping | list | tuple) and value for value in arguments.values()):
+    if request and self.app.conf.find_value_for_key("extended", "result"):
         request = copy(request)
-        for name, value in arguments.items():
-            setattr(request, name, without_handles(value))
+        for name in ("args", "kwargs"):
+            setattr(request, name, without_handles(getattr(request, name, None)))
     return _get_result_meta(self, result=result, state=state, traceback=traceback, request=request, **options)
 
 
