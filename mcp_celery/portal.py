@@ -93,13 +93,17 @@ class Portal:
             task.add_done_callback(lambda _: caller.done())
 
         def cancel() -> None:
-            started[0].cancel()
+            if started:
+                started[0].cancel()
+            else:
+                caller.done()
 
-        self._loop.call_soon_threadsafe(start)
         try:
+            # Within: the loop may run, and the interruption come, before this thread goes on.
+            self._loop.call_soon_threadsafe(start)
             caller.serve()
         except BaseException:
-            self._loop.call_soon_threadsafe(cancel)  # in the loop's queue after start
+            self._loop.call_soon_threadsafe(cancel)  # in the loop's queue after start, if that is there
             caller.wait(CLEAN_UP_SECONDS)
             raise
         return started[0].result()

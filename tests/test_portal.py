@@ -207,6 +207,34 @@ def test_a_signal_that_does_not_wake_the_waiting_thread_is_noticed_all_the_same(
         portal.call(wait_for_ever, caller=caller)
 
 
+def test_an_interruption_before_the_waiting_begins_cancels_the_call_too(portal, monkeypatch):
+    runs, seen = threading.Event(), []
+
+    def interrupt():
+        assert runs.wait(10)
+        raise KeyboardInterrupt
+
+    async def wait_for_ever():
+        runs.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            seen.append("cancelled")
+
+    hand_over = portal._loop.call_soon_threadsafe
+    hold_ups = [interrupt]
+
+    def hand_over_slowly(*args):
+        hand_over(*args)
+        if hold_ups:
+            hold_ups.pop()()
+
+    monkeypatch.setattr(portal._loop, "call_soon_threadsafe", hand_over_slowly)
+    with pytest.raises(KeyboardInterrupt):
+        portal.call(wait_for_ever)
+    assert seen == ["cancelled"]
+
+
 def test_a_call_that_does_not_end_holds_an_interruption_up_no_longer_than_its_clean_up(
     portal, interrupt_with, monkeypatch
 ):
