@@ -8,7 +8,7 @@ from typing import Any, Literal
 from celery import Task, current_task, uuid
 from celery.exceptions import TaskPredicate
 
-from . import signals  # noqa: F401 - connects to Celery's
+from . import lifecycle  # noqa: F401 - connects to Celery's signals
 from .exceptions import ConfigurationError, SessionHandleError
 from .execution import Execution, execution_of
 from .handle import SessionHandle, server_name
