@@ -10,8 +10,9 @@ import mcp_types as types
 from mcp import MCPError
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
+from .durable import MAX_PAGES
 from .exceptions import MCPCeleryError, TransportError
-from .session import MAX_PAGES, AsyncMCPSession, Connections
+from .session import AsyncMCPSession, Connections
 from .settings import ServerSettings
 
 #: How long the check of one server may take.

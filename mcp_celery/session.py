@@ -7,15 +7,13 @@ HTTP client, the tool listings) is in `Connections`.
 import asyncio
 import inspect
 import logging
-import math
 import ssl
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import anyio
 import httpx2
@@ -27,8 +25,8 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from pydantic import BaseModel, ValidationError
 
 from ._version import __version__
+from .durable import MAX_PAGES, Check, DurableCalls, Question
 from .exceptions import (
-    CallInterruptedError,
     ConfigurationError,
     MCPCeleryError,
     SessionError,
@@ -39,7 +37,7 @@ from .exceptions import (
 )
 from .handle import SessionHandle, without_secrets
 from .http import Endpoint, new_client, split_credentials
-from .journal import Entry, Journal
+from .journal import Journal
 from .listings import ToolListings
 from .settings import ServerSettings
 from .transport import ResumableHTTPTransport
@@ -58,23 +56,9 @@ BROKEN_OFF_SECONDS = 2.0
 LISTING_SECONDS = 10.0
 #: Calls of one task that are remembered for the history.
 MAX_CALLS = 100
-#: How servers refuse an event ID: 400 in TypeScript, 405 where streams cannot be resumed, 404 and 410 for what is gone.
-TOKEN_REFUSED = frozenset({400, 404, 405, 410})
 #: A deadline may be seen to have passed so much too early.
 CLOCK_SECONDS = 0.01
-#: Pages of a tool listing that are read in search of one tool.
-MAX_PAGES = 100
-
 _CLIENT_INFO = types.Implementation(name="mcp-celery-task", version=__version__)
-
-
-#: What a call that was made before may have raised.
-_FAILURES: dict[str, Callable[..., Exception]] = {
-    "MCPError": MCPError,
-    "ToolError": ToolError,
-    "TransportError": TransportError,
-    "SessionLostError": SessionLostError,
-}
 
 
 class Ledger(Protocol):
@@ -101,45 +85,6 @@ class Call(NamedTuple):
     at: float
     seconds: float
     ok: bool
-
-
-@dataclass(frozen=True)
-class Question(Generic[R]):
-    """What is asked of a server, so that it can be asked again or continued.
-
-    Attributes:
-        what: For people.
-        request: What goes over the wire; by it a call is known again.
-        result_type: What the answer is read as.
-        call: Sends it, with what continues an earlier attempt.
-        tool: The name of the tool; None for what only reads.
-    """
-
-    what: str
-    request: Any
-    result_type: type[R]
-    call: Callable[[Client, ClientMessageMetadata | None], Awaitable[R]]
-    tool: str | None = None
-
-
-def failure_of(exc: MCPError | MCPCeleryError) -> dict[str, Any]:
-    """Return an error of a call as JSON types, for the journal."""
-    if isinstance(exc, MCPError):
-        return {"class": "MCPError", "args": [exc.code, exc.message, exc.data]}
-    return {"class": type(exc).__name__, "args": list(exc.args)}
-
-
-def raise_again(failure: Mapping[str, Any]) -> NoReturn:
-    """Raise what `failure_of` has kept."""
-    raise _FAILURES[failure["class"]](*failure["args"])
-
-
-def replayed(entry: Entry, result_type: type[R]) -> R:
-    """Return the result of a call that was made before, or raise its error."""
-    if entry.failure is not None and "class" in entry.failure:
-        raise_again(entry.failure)
-    answer = entry.failure["result"] if entry.failure is not None else entry.result
-    return result_type.model_validate(answer, by_name=False)
 
 
 class Shared(NamedTuple):
@@ -214,6 +159,7 @@ class AsyncMCPSession:
         self._given = handle
         self._ledger = ledger
         self._journal = journal
+        self._durable = None if journal is None else DurableCalls(self, journal)
         #: When somebody else has found the given session to be lost, in seconds since the epoch.
         self._lost_at = lost_at
         #: The calls made so far; of many, the last.
@@ -264,6 +210,11 @@ class AsyncMCPSession:
         return self._lost_at is not None or (self._transport is not None and self._transport.lost is not None)
 
     @property
+    def is_untouched(self) -> bool:
+        """Whether the session was neither opened nor resumed here, and has not ended."""
+        return self._client is None and self._ended is None and self._lost_at is None
+
+    @property
     def requests_sent(self) -> int:
         """How many HTTP requests this object has sent."""
         return self._requests_before + (self._transport.requests_sent if self._transport is not None else 0)
@@ -310,36 +261,10 @@ class AsyncMCPSession:
                 await self._drop()
                 self._given, self._ended, self._lost_at = handle, None, None
 
-        if self._ended is None and not self.is_lost:
+        if self._durable is None or (self._ended is None and not self.is_lost):
             await self._open()
         else:
-            await self._once("open", self._open, open_again)
-
-    async def _once(
-        self,
-        what: str,
-        act: Callable[[], Awaitable[SessionHandle | None]],
-        act_again: Callable[[SessionHandle | None], Awaitable[None]],
-    ) -> SessionHandle | None:
-        """Do something with the session at the server; where an earlier run of a durable task has, only here."""
-        if self._journal is None:
-            return await act()
-        entry, _ = await self._journal.enter(f"session {what}", self.server, f"session/{what}", {})
-        if not entry.has_ended:
-            try:
-                handle = await act()
-            except TransportError as exc:
-                self._journal.break_off(entry, failure_of(exc))
-                raise
-            await self._journal.finish(entry, {"handle": None if handle is None else handle.dumps()})
-            return handle
-        text = (entry.result or {}).get("handle")
-        handle = None if text is None else SessionHandle.load(text)
-        async with self._lock:
-            await act_again(handle)
-        if entry.failure is not None:
-            raise_again(entry.failure)
-        return handle
+            await self._durable.once("open", self._open, self._locked(open_again))
 
     async def _open(self) -> SessionHandle | None:
         async with self._lock:
@@ -380,10 +305,10 @@ class AsyncMCPSession:
                 await disown(handle)
                 return handle
 
-        handle = await self._once("detach", detach, disown)
-        if handle is None:
-            raise SessionError(f"There is no session of server {self.server!r} to detach; open() one first")
-        return handle
+        if self._durable is None:
+            return await detach()
+        # `detach` raises where there is none.
+        return cast("SessionHandle", await self._durable.once("detach", detach, self._locked(disown)))
 
     async def close(self) -> None:
         """End the session at the server. Nothing where it has ended, or was never opened and none was given.
@@ -397,7 +322,10 @@ class AsyncMCPSession:
             self._ended = self._ended or "closed"
             await self._tell("closed", handle)
 
-        await self._once("close", self.end, forget)
+        if self._durable is None:
+            await self.end()
+        else:
+            await self._durable.once("close", self.end, self._locked(forget))
 
     async def end(self) -> SessionHandle | None:
         """Do what `close` does, for who ends the session of a task that has ended. Returns what was ended.
@@ -425,6 +353,15 @@ class AsyncMCPSession:
         async with self._lock:
             await self._drop()
             self._ended = self._ended or "released"
+
+    async def open_for(self, what: str, timeout_seconds: float | None) -> None:
+        """Do what `open` does, for the call *what*. Errors are those of calls."""
+        with self._translated(what, timeout_seconds), anyio.fail_after(timeout_seconds):
+            await self._open()
+
+    def note_loss(self) -> None:
+        """Take the session for lost: somebody else has found it so, just now."""
+        self._lost_at = time.time()
 
     # -- Calls
 
@@ -486,128 +423,15 @@ class AsyncMCPSession:
         self,
         question: "Question[R]",
         timeout_seconds: float | None = None,
-        check: Callable[[R], Awaitable[None]] | None = None,
+        check: Check[R] | None = None,
     ) -> R:
         """Put a question to the server; of a durable task, by way of its journal. *check* may refuse the answer."""
-        if self._journal is not None:
-            return await self._put_durably(self._journal, question, timeout_seconds, check)
-        result = await self._ask(question.what, lambda client: question.call(client, None), timeout_seconds)
+        if self._durable is not None:
+            return await self._durable.put(question, timeout_seconds, check)
+        result = await self.ask(question.what, lambda client: question.call(client, None), timeout_seconds)
         if check is not None:
             await check(result)
         return result
-
-    async def _put_durably(
-        self,
-        journal: Journal,
-        question: "Question[R]",
-        timeout_seconds: float | None,
-        check: Callable[[R], Awaitable[None]] | None,
-    ) -> R:
-        params = question.request.params.model_dump(mode="json", by_alias=True, exclude_none=True)
-        if not journal.knows_next and self._client is None and self._ended is None and self._lost_at is None:
-            # Before the call is noted: of one that was noted, nobody can say that it was not sent.
-            with self._translated(question.what, timeout_seconds), anyio.fail_after(timeout_seconds):
-                await self._open()
-        entry, was_made = await journal.enter(question.what, self.server, question.request.method, params)
-        if entry.has_ended:
-            try:
-                return replayed(entry, question.result_type)
-            except SessionLostError:
-                self._lost_at = time.time()
-                raise
-        # A call is sent once its session is recorded, and not before.
-        may_have_run = was_made and (self._given is not None or self.server in journal.sessions)
-        if may_have_run and entry.token is None:
-            await self._check_repeatable(journal, question)
-
-        try:
-            result = await self._make(journal, question, entry, timeout_seconds, check, may_have_run=may_have_run)
-        except MCPError as exc:
-            await journal.finish(entry, failure_of(exc), "failed")
-            raise
-        except MCPCeleryError as exc:
-            await self._note_failure(journal, entry, exc, may_have_run=may_have_run)
-            raise
-        answer = result.model_dump(mode="json", by_alias=True, exclude_none=True)
-        if isinstance(result, types.CallToolResult) and result.is_error:
-            await journal.finish(entry, {"result": answer}, "failed")
-        else:
-            await journal.finish(entry, answer)
-        return result
-
-    async def _make(
-        self,
-        journal: Journal,
-        question: "Question[R]",
-        entry: Entry,
-        timeout_seconds: float | None,
-        check: Callable[[R], Awaitable[None]] | None,
-        *,
-        may_have_run: bool,
-    ) -> R:
-        """Make a call of a durable task, or continue it by its token; anew, where its server knows that no more."""
-        metadata = ClientMessageMetadata(
-            resumption_token=entry.token, on_resumption_token_update=journal.token_of(entry)
-        )
-        # Where the task is interrupted, or its worker told to end, the call goes on for the next run.
-        patience = math.inf if timeout_seconds is None else timeout_seconds
-        try:
-            result = await self._ask(
-                question.what, lambda client: question.call(client, metadata), timeout_seconds, cancels_after=patience
-            )
-        except TransportError as exc:
-            if not (may_have_run and entry.token is not None and exc.status in TOKEN_REFUSED):
-                raise
-            await self._check_repeatable(journal, question)
-            return await self._make(
-                journal, question, journal.without_token(entry), timeout_seconds, check, may_have_run=may_have_run
-            )
-        if check is not None:
-            await check(result)
-        return result
-
-    @staticmethod
-    async def _note_failure(journal: Journal, entry: Entry, exc: MCPCeleryError, *, may_have_run: bool) -> None:
-        match exc:
-            case ToolError():
-                await journal.finish(entry, failure_of(exc), "failed")
-            case TransportError(sent=False) if not may_have_run:
-                await journal.withdraw(entry, failure_of(exc))
-            case TransportError(cancelled=True):
-                await journal.finish(entry, failure_of(exc), "cancelled")
-            case TransportError() | SessionLostError():
-                journal.break_off(entry, failure_of(exc))
-
-    async def _check_repeatable(self, journal: Journal, question: "Question[Any]") -> None:
-        if not await self._may_repeat(journal, question):
-            raise CallInterruptedError(
-                f"An earlier run of the task ended while {question.what} was under way, and there is nothing to "
-                "continue it by: it may or may not have run. mcp_on_interrupted = 'call-again' makes such calls again",
-                question.tool,
-            )
-
-    async def _may_repeat(self, journal: Journal, question: "Question[Any]") -> bool:
-        """Whether a call that may have run is made again: reading is, and a tool that says that this does no harm."""
-        if journal.calls_again or question.tool is None:
-            return True
-
-        async def find(client: Client) -> types.Tool | None:
-            cursor: str | None = None
-            for _ in range(MAX_PAGES):
-                page = await client.list_tools(cursor=cursor)
-                found = next((tool for tool in page.tools if tool.name == question.tool), None)
-                cursor = page.next_cursor
-                if found is not None or cursor is None:
-                    return found
-            return None
-
-        try:
-            tool = await self._ask("tools/list", find)
-        except SessionLostError:
-            # Whatever the tool says, the call cannot be made again here. What counts is that it may have run.
-            return False
-        hints = tool.annotations if tool is not None else None
-        return hints is not None and bool(hints.read_only_hint or hints.idempotent_hint)
 
     async def _check_output(self, client: Client, tool: str, result: types.CallToolResult) -> None:
         """Check a result by the tool's output schema; by a fresh listing before anything is said against it."""
@@ -643,15 +467,15 @@ class AsyncMCPSession:
         listings = self._connections.of(self._settings).listings
         if cursor is None:
             listings.drop()
-        return await self._ask("tools/list", lambda client: client.list_tools(cursor=cursor, cache_mode="refresh"))
+        return await self.ask("tools/list", lambda client: client.list_tools(cursor=cursor, cache_mode="refresh"))
 
     async def list_resources(self, *, cursor: str | None = None) -> types.ListResourcesResult:
         """List the resources. `next_cursor` of the result continues."""
-        return await self._ask("resources/list", lambda client: client.list_resources(cursor=cursor))
+        return await self.ask("resources/list", lambda client: client.list_resources(cursor=cursor))
 
     async def list_resource_templates(self, *, cursor: str | None = None) -> types.ListResourceTemplatesResult:
         """List the resource templates. `next_cursor` of the result continues."""
-        return await self._ask("resources/templates/list", lambda client: client.list_resource_templates(cursor=cursor))
+        return await self.ask("resources/templates/list", lambda client: client.list_resource_templates(cursor=cursor))
 
     async def read_resource(self, uri: str) -> types.ReadResourceResult:
         """Read a resource."""
@@ -666,7 +490,7 @@ class AsyncMCPSession:
 
     async def list_prompts(self, *, cursor: str | None = None) -> types.ListPromptsResult:
         """List the prompts. `next_cursor` of the result continues."""
-        return await self._ask("prompts/list", lambda client: client.list_prompts(cursor=cursor))
+        return await self.ask("prompts/list", lambda client: client.list_prompts(cursor=cursor))
 
     async def get_prompt(self, name: str, arguments: dict[str, str] | None = None) -> types.GetPromptResult:
         """Get a prompt."""
@@ -686,7 +510,7 @@ class AsyncMCPSession:
         context_arguments: dict[str, str] | None = None,
     ) -> types.CompleteResult:
         """Complete an argument of a prompt or resource template: `argument` is `{"name": ..., "value": ...}`."""
-        return await self._ask("completion/complete", lambda client: client.complete(ref, argument, context_arguments))
+        return await self.ask("completion/complete", lambda client: client.complete(ref, argument, context_arguments))
 
     async def ping(self, *, on_event_id: Callable[[str], Awaitable[None]] | None = None) -> None:
         """Ask the server for a sign of life. It counts as use of the session.
@@ -698,16 +522,25 @@ class AsyncMCPSession:
         async def ping(client: Client) -> types.EmptyResult:
             return await client.session.send_request(types.PingRequest(), types.EmptyResult, metadata=metadata)
 
-        await self._ask("ping", ping)
+        await self.ask("ping", ping)
 
     # -- Within
+
+    def _locked(
+        self, act: Callable[[SessionHandle | None], Awaitable[None]]
+    ) -> Callable[[SessionHandle | None], Awaitable[None]]:
+        async def locked(handle: SessionHandle | None) -> None:
+            async with self._lock:
+                await act(handle)
+
+        return locked
 
     async def _tell(self, what: Literal["opened", "closed", "detached"], handle: SessionHandle | None) -> None:
         if self._ledger is not None and handle is not None and handle.session_id is not None:
             # In a thread: others use this loop.
             await anyio.to_thread.run_sync(getattr(self._ledger, what), handle)
 
-    async def _ask(
+    async def ask(
         self,
         what: str,
         call: Callable[[Client], Awaitable[T]],

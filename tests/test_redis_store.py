@@ -338,8 +338,8 @@ def test_more_may_join_a_session_that_settles_though_nobody_holds_it(store, clie
 
 def test_a_session_that_has_settled_is_ended_by_its_last_holder(store):
     store.change(S, held("a", settling_seconds=0.001))
-    store.change(T, held("b", settling_seconds=0.001))
-    store.change(T, leaving("b"))
+    store.change(T, held("b", settling_seconds=0.5))
+    assert store.change(T, leaving("b")) is Standing.HELD
     wait_until(lambda: store.has_due(SERVERS))
     assert store.change(S, leaving("a")) is Standing.LAST
 
