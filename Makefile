@@ -15,7 +15,7 @@ demo: .venv/.demo ## One MCP session on two workers, and a call that outlives it
 	@$(BIN)/python -m examples.demo
 
 test: .venv/.test ## Run the tests; `make test ARGS="-k retry"` passes arguments on
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: .venv/.test ## Kill workers at random; `make chaos ARGS="--seed 123"` does a run again
 	@$(BIN)/python tests/chaos/run.py $(ARGS)

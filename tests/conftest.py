@@ -1,6 +1,7 @@
 """Fixtures: real MCP servers, a recording proxy before them, a real Valkey, real Celery workers."""
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from peers.recorder import Recorder
@@ -9,6 +10,19 @@ from processes import free_port
 from worker_process import Worker
 
 _workers = pytest.StashKey[list[Worker]]()
+
+#: Folders and files whose tests take long. They go first: side by side, the last one is not waited for alone.
+_LONG = ("chaos/", "workers/test_reaper_in_workers", "properties/", "workers/", "test_reaper.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with what takes long; otherwise in order."""
+
+    def rank(item):
+        path = str(item.path.relative_to(Path(__file__).parent))
+        return next((rank for rank, long in enumerate(_LONG) if path.startswith(long)), len(_LONG))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")
