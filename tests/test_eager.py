@@ -67,6 +67,19 @@ def test_a_chain_shares_one_session_within_the_block_and_ends_it_with_the_block(
     assert essence(recorder) == (1, 8, 1)
 
 
+def test_of_several_servers_of_a_task_those_are_opened_that_it_uses(app, recorder, recorded_peer):
+    second = recorded_peer("python")
+    app.conf.mcp_servers = {"peer": {"url": recorder.url}, "second": {"url": second.url}}
+
+    @app.task(base=MCPTask, bind=True, shared=False, mcp_servers=("peer", "second"), name="uses_second")
+    def uses_second(self):
+        return self.mcp["second"].call_tool("echo", {"text": "x"}).content[0].text
+
+    with eager_sessions(app):
+        assert uses_second() == "x"
+    assert (recorder.methods(), essence(second)) == ([], (1, 1, 1))
+
+
 def test_a_link_shares_the_session_too(app, recorder):
     t = app.tasks
     with eager_sessions(app):
