@@ -10,7 +10,13 @@ from mcp import Client, MCPError
 from mcp.shared.message import ClientMessageMetadata
 from pydantic import BaseModel
 
-from .exceptions import CallInterruptedError, MCPCeleryError, SessionLostError, ToolError, TransportError
+from .exceptions import (
+    CallInterruptedError,
+    MCPCeleryError,
+    SessionLostError,
+    ToolError,
+    TransportError,
+)
 from .handle import SessionHandle
 from .journal import Entry, Journal
 
@@ -99,8 +105,16 @@ class DurableCalls:
         self._session = session
         self._journal = journal
 
-    async def put(self, question: Question[R], timeout_seconds: float | None, check: Check[R] | None) -> R:
+    async def put(
+        self,
+        question: Question[R],
+        timeout_seconds: float | None,
+        check: Check[R] | None,
+        note_replay: Callable[[], object],
+    ) -> R:
         """Put a question to the server, unless an earlier run has its answer. *check* may refuse the answer.
+
+        *note_replay* is called before an earlier answer is returned or raised.
 
         Raises:
             CallInterruptedError: An earlier run has put it, and nobody can say whether it was answered.
@@ -112,6 +126,7 @@ class DurableCalls:
             await session.open_for(question.what, timeout_seconds)
         entry, was_made = await journal.enter(question.what, session.server, question.request.method, params)
         if entry.has_ended:
+            note_replay()
             try:
                 return _replayed(entry, question.result_type)
             except SessionLostError:

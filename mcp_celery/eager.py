@@ -4,12 +4,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from .exceptions import MCPCeleryError
 from .handle import SessionHandle
 from .known_tasks import settings_of
+from .signals import send
 from .sync_session import new_session
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,9 @@ def shared_by_eager(app: Any) -> Iterator[None]:
     finally:
         shared_now.reset(token)
         for task, handle in shared.sessions.values():
-            session = new_session(settings_of(task, handle), handle)
+            session = new_session(settings_of(task, handle), handle, tell=partial(send, task, None))
             try:
-                session.close()
+                session.end()
             except MCPCeleryError as exc:
                 logger.warning("A session is left to the idle timeout of its server: %s", exc)
             finally:

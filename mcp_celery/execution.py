@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,11 +18,13 @@ from celery import uuid
 from celery.exceptions import Ignore, Reject, Retry
 
 from .eager import shared_now, warn_of_eager
+from .events import Event
 from .exceptions import HAS_TAKEN_OVER, ConfigurationError, MCPCeleryError, StoreError, SupersededError
 from .handle import SessionHandle, server_name
 from .known_tasks import journal_id, of_server, settings_of, settings_of_journal, warn_of_store
 from .redis_store import get_store
 from .settings import Conf, JournalSettings, server_settings
+from .signals import send
 from .store import Change, Leaving, Standing, Store
 from .sync_session import MCPSession, SyncJournal, new_journal, new_session
 from .workflow import Ahead, Canvas, Carried, Signature, bind, carried
@@ -233,7 +235,7 @@ class Execution:
             lost_at = None if handle is None else self._lost_at(handle, settings.keepalive_seconds)
             journal = None if self._journal is None else self._journal.journal
             self._sessions[settings.name] = new_session(
-                settings, handle, self.session, ledger=self, lost_at=lost_at, journal=journal
+                settings, handle, self.session, ledger=self, lost_at=lost_at, journal=journal, tell=self._signal
             )
         return self._sessions[settings.name]
 
@@ -270,6 +272,10 @@ class Execution:
         if self._forget(handle):
             change = Change(leaving=[self._holder], when_empty=Leaving.DETACH, events=[self._event("detached")])
             self._change(handle, change)
+
+    @property
+    def _signal(self) -> Callable[[Event], None]:
+        return partial(send, self._task, self._request.id)
 
     # -- What becomes of the sessions
 
@@ -504,7 +510,7 @@ class Execution:
             session = self._sessions.get(handle.server)
             if session is None or session.handle is None or session.handle.key != handle.key:
                 settings = settings_of(self._task, handle)
-                session = self._sessions[handle.server] = new_session(settings, handle, ledger=self)
+                session = self._sessions[handle.server] = new_session(settings, handle, ledger=self, tell=self._signal)
             session.end()
         except (MCPCeleryError, SoftTimeLimitExceeded) as exc:
             # The soft time limit too: the task is done, and its outcome is not changed by this.

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import anyio
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from ._version import __version__
 from .durable import MAX_PAGES, Check, DurableCalls, Question
+from .events import Event, Events, Why
 from .exceptions import (
     ConfigurationError,
     MCPCeleryError,
@@ -149,6 +151,7 @@ class AsyncMCPSession:
         ledger: Ledger | None = None,
         lost_at: float | None = None,
         journal: Journal | None = None,
+        tell: Callable[[Event], object] | None = None,
     ) -> None:
         if handle is not None and handle.server != settings.name:
             raise SessionHandleError(
@@ -160,6 +163,7 @@ class AsyncMCPSession:
         self._ledger = ledger
         self._journal = journal
         self._durable = None if journal is None else DurableCalls(self, journal)
+        self._events = Events(settings.name, tell)
         #: When somebody else has found the given session to be lost, in seconds since the epoch.
         self._lost_at = lost_at
         #: The calls made so far; of many, the last.
@@ -279,6 +283,7 @@ class AsyncMCPSession:
             except BaseException:
                 self._given, self._ended, self._lost_at = before
                 raise
+            self._events.opened(_short_id(self.handle), resumed=self.resumed)
             if self._given is None:
                 await self._tell("opened", self.handle)
                 if self._journal is not None and self.handle is not None:
@@ -323,11 +328,11 @@ class AsyncMCPSession:
             await self._tell("closed", handle)
 
         if self._durable is None:
-            await self.end()
+            await self.end("task")
         else:
-            await self._durable.once("close", self.end, self._locked(forget))
+            await self._durable.once("close", partial(self.end, "task"), self._locked(forget))
 
-    async def end(self) -> SessionHandle | None:
+    async def end(self, why: Why = "workflow") -> SessionHandle | None:
         """Do what `close` does, for who ends the session of a task that has ended. Returns what was ended.
 
         Raises:
@@ -343,6 +348,7 @@ class AsyncMCPSession:
             try:
                 if transport is not None and not is_lost:
                     await transport.terminate()
+                    self._events.closed(_short_id(handle), why)
                     await self._tell("closed", handle)
             finally:
                 await self._drop()
@@ -426,12 +432,20 @@ class AsyncMCPSession:
         check: Check[R] | None = None,
     ) -> R:
         """Put a question to the server; of a durable task, by way of its journal. *check* may refuse the answer."""
-        if self._durable is not None:
-            return await self._durable.put(question, timeout_seconds, check)
-        result = await self.ask(question.what, lambda client: question.call(client, None), timeout_seconds)
-        if check is not None:
-            await check(result)
+        with self._events.call(question.request.method, question.tool) as under_way:
+            if self._durable is not None:
+                result = await self._durable.put(question, timeout_seconds, check, under_way.note_replay)
+            else:
+                result = await self.ask(question.what, lambda client: question.call(client, None), timeout_seconds)
+                if check is not None:
+                    await check(result)
+            if isinstance(result, types.CallToolResult) and result.is_error:
+                under_way.error = ToolError.__name__
         return result
+
+    async def _get(self, method: str, call: Callable[[Client], Awaitable[T]]) -> T:
+        with self._events.call(method):
+            return await self.ask(method, call)
 
     async def _check_output(self, client: Client, tool: str, result: types.CallToolResult) -> None:
         """Check a result by the tool's output schema; by a fresh listing before anything is said against it."""
@@ -467,15 +481,15 @@ class AsyncMCPSession:
         listings = self._connections.of(self._settings).listings
         if cursor is None:
             listings.drop()
-        return await self.ask("tools/list", lambda client: client.list_tools(cursor=cursor, cache_mode="refresh"))
+        return await self._get("tools/list", lambda client: client.list_tools(cursor=cursor, cache_mode="refresh"))
 
     async def list_resources(self, *, cursor: str | None = None) -> types.ListResourcesResult:
         """List the resources. `next_cursor` of the result continues."""
-        return await self.ask("resources/list", lambda client: client.list_resources(cursor=cursor))
+        return await self._get("resources/list", lambda client: client.list_resources(cursor=cursor))
 
     async def list_resource_templates(self, *, cursor: str | None = None) -> types.ListResourceTemplatesResult:
         """List the resource templates. `next_cursor` of the result continues."""
-        return await self.ask("resources/templates/list", lambda client: client.list_resource_templates(cursor=cursor))
+        return await self._get("resources/templates/list", lambda client: client.list_resource_templates(cursor=cursor))
 
     async def read_resource(self, uri: str) -> types.ReadResourceResult:
         """Read a resource."""
@@ -490,7 +504,7 @@ class AsyncMCPSession:
 
     async def list_prompts(self, *, cursor: str | None = None) -> types.ListPromptsResult:
         """List the prompts. `next_cursor` of the result continues."""
-        return await self.ask("prompts/list", lambda client: client.list_prompts(cursor=cursor))
+        return await self._get("prompts/list", lambda client: client.list_prompts(cursor=cursor))
 
     async def get_prompt(self, name: str, arguments: dict[str, str] | None = None) -> types.GetPromptResult:
         """Get a prompt."""
@@ -510,7 +524,7 @@ class AsyncMCPSession:
         context_arguments: dict[str, str] | None = None,
     ) -> types.CompleteResult:
         """Complete an argument of a prompt or resource template: `argument` is `{"name": ..., "value": ...}`."""
-        return await self.ask("completion/complete", lambda client: client.complete(ref, argument, context_arguments))
+        return await self._get("completion/complete", lambda client: client.complete(ref, argument, context_arguments))
 
     async def ping(self, *, on_event_id: Callable[[str], Awaitable[None]] | None = None) -> None:
         """Ask the server for a sign of life. It counts as use of the session.
@@ -554,6 +568,7 @@ class AsyncMCPSession:
                 f"The session of server {self.server!r} was {self._ended} by this task; open() starts a new one"
             )
         if self._lost_at is not None and self._given is not None:
+            self._events.session = self._given.short_id
             raise SessionLostError(
                 f"Server {self.server!r} has lost session {self._given.short_id}: a ping found it gone at "
                 f"{datetime.fromtimestamp(self._lost_at, UTC):%Y-%m-%d %H:%M:%S} UTC",
@@ -694,6 +709,10 @@ def _as_coroutine(callback: ProgressCallback | None) -> ProgressFnT | None:
             await outcome
 
     return report
+
+
+def _short_id(handle: SessionHandle | None) -> str | None:
+    return None if handle is None else handle.short_id
 
 
 def _text_of(result: types.CallToolResult) -> str:

@@ -1,5 +1,6 @@
 """`self.mcp`: the synchronous face of a session, for task functions."""
 
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ from .portal import Caller, Portal, get_portal, in_loop_thread, is_green
 if TYPE_CHECKING:
     import mcp_types as types
 
+    from .events import Event
     from .handle import SessionHandle
     from .journal import Journal
     from .session import AsyncMCPSession, Call, Connections, Ledger, ProgressCallback
@@ -31,8 +33,11 @@ def new_session(
     ledger: "Ledger | None" = None,
     lost_at: float | None = None,
     journal: "Journal | None" = None,
+    tell: "Callable[[Event], object] | None" = None,
 ) -> "MCPSession":
     """Return a session on this process's event loop, which starts at the first use. Sends nothing.
+
+    *tell* is called with what happens in the session, in the thread that uses it.
 
     Raises:
         SessionHandleError: The handle is of another server.
@@ -44,8 +49,17 @@ def new_session(
     if connections is None:
         connections = _connections.setdefault(portal, Connections())
         portal.on_close(connections.aclose)
-    session = AsyncMCPSession(settings, connections, handle, ledger=ledger, lost_at=lost_at, journal=journal)
-    return MCPSession(session, portal, sibling)
+    told = None if tell is None else Told(tell)
+    session = AsyncMCPSession(
+        settings,
+        connections,
+        handle,
+        ledger=ledger,
+        lost_at=lost_at,
+        journal=journal,
+        tell=None if told is None else told.note,
+    )
+    return MCPSession(session, portal, sibling, told)
 
 
 def new_journal(store: "JournalStore", task_id: str, attempt: int, settings: "JournalSettings") -> "SyncJournal":
@@ -61,6 +75,27 @@ def new_journal(store: "JournalStore", task_id: str, attempt: int, settings: "Jo
         calls_again=settings.calls_again,
     )
     return SyncJournal(journal, get_portal())
+
+
+class Told:
+    """What has happened in a session on the event loop, until it is told in the thread of the task."""
+
+    def __init__(self, tell: "Callable[[Event], object]") -> None:
+        self._tell = tell
+        self._events: deque[Event] = deque()
+
+    def note(self, event: "Event") -> None:
+        """Keep what has happened. Runs on the event loop."""
+        self._events.append(event)
+
+    def tell(self) -> None:
+        """Tell what has happened, in order, and once. Runs in the thread of the task, perhaps in several."""
+        while self._events:
+            try:
+                event = self._events.popleft()
+            except IndexError:  # another thread has told it
+                return
+            self._tell(event)
 
 
 class SyncJournal:
@@ -95,10 +130,12 @@ class MCPSession:
         session: "AsyncMCPSession",
         portal: Portal,
         sibling: "Callable[[str], MCPSession] | None" = None,
+        told: Told | None = None,
     ) -> None:
         self._session = session
         self._portal = portal
         self._sibling = sibling
+        self._told = told
 
     def __getitem__(self, server: str) -> "MCPSession":
         """Return the session of another server of the task, by its name."""
@@ -265,4 +302,8 @@ class MCPSession:
             if is_green():
                 raise ConfigurationError("MCP tasks need threads: use the worker pool prefork, threads or solo")
             raise SessionError("self.mcp waits for the event loop, so it cannot be used in a coroutine")
-        return self._portal.call(function, caller)
+        try:
+            return self._portal.call(function, caller)
+        finally:
+            if self._told is not None:
+                self._told.tell()

@@ -105,12 +105,12 @@ async def running(runs):
     connections = Connections()
 
     @asynccontextmanager
-    async def run(url, attempt=0, store=None, server="server", read_timeout_seconds=None, **options):
+    async def run(url, attempt=0, store=None, server="server", read_timeout_seconds=None, tell=None, **options):
         journal = runs(attempt, store, **options)
         await journal.begin()
         timeout = {} if read_timeout_seconds is None else {"read_timeout_seconds": read_timeout_seconds}
         settings = ServerSettings(name=server, url=url, **timeout)
-        session = AsyncMCPSession(settings, connections, journal.sessions.get(server), journal=journal)
+        session = AsyncMCPSession(settings, connections, journal.sessions.get(server), journal=journal, tell=tell)
         try:
             yield session
         finally:
@@ -1484,3 +1484,11 @@ async def test_without_the_store_no_durable_task_begins(runs, valkey, monkeypatc
     store.is_away = True
     with pytest.raises(StoreError, match="out of reach"):
         await runs(store=store).begin()
+
+
+async def test_a_call_that_is_found_in_the_journal_is_told_of_once(running, recorded_peer):
+    recorder, told = recorded_peer(*PLAIN), []
+    for _ in range(2):
+        async with running(recorder.url, tell=told.append) as session:
+            await session.call_tool("add", {"a": 1, "b": 2})
+    assert [event.name for event in told] == ["session_opened", "call_finished"]

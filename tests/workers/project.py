@@ -1,5 +1,6 @@
 """The app that the workers of these tests run. Everything that differs comes from the environment."""
 
+import json
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ from celery.exceptions import Ignore, Reject
 from pydantic import BaseModel
 
 from mcp_celery import MCPTask, SessionLostError, TransportError
+from mcp_celery.signals import call_finished, session_closed, session_lost, session_opened, session_resumed
 
 app = Celery("project", broker=os.environ["BROKER"], backend=os.environ["BROKER"])
 app.conf.update(
@@ -39,6 +41,17 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_transport_options={"socket_keepalive": True},
 )
+
+
+def print_signal(signal, sender, **arguments):
+    """Have the worker log what it is told."""
+    if sender.request.hostname:
+        told = {"signal": signal.name, "task": sender.name, "worker": sender.request.hostname, **arguments}
+        print(f"signal {json.dumps(told)}")
+
+
+for signal_of_mcp in (session_opened, session_resumed, session_closed, session_lost, call_finished):
+    signal_of_mcp.connect(print_signal)
 
 
 # Tests import this module once for each pair of workers, and shared tasks would meet their namesakes.
