@@ -21,6 +21,7 @@ from .exceptions import (
 )
 from .handle import SessionHandle
 from .task import MCPTask
+from .tools import tool
 
 __all__ = [
     "CallInterruptedError",
@@ -38,4 +39,5 @@ __all__ = [
     "ToolError",
     "TransportError",
     "__version__",
+    "tool",
 ]

@@ -57,7 +57,9 @@ class ReaperStep(StartStopStep):
     label = "MCP reaper"
 
     def include_if(self, parent: Any) -> bool:
-        """Whether there is a store. A wrong setting is logged, and costs no more than this step."""
+        """Whether there are servers and a store. A wrong setting is logged, and costs no more than this step."""
+        if not any(is_mcp_task(task) and task.server_names() for task in list(parent.app.tasks.values())):
+            return False  # `mcp_celery.tool` is in every app
         try:
             reaper_settings(parent.app.conf)
             store = get_store(parent.app.conf)

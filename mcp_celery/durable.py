@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from .exceptions import (
     CallInterruptedError,
+    ConfigurationError,
     MCPCeleryError,
     SessionLostError,
     ToolError,
@@ -30,6 +31,7 @@ MAX_PAGES = 100
 
 #: What a call that was made before may have raised.
 _FAILURES: dict[str, Callable[..., Exception]] = {
+    "ConfigurationError": ConfigurationError,
     "MCPError": MCPError,
     "ToolError": ToolError,
     "TransportError": TransportError,
@@ -208,7 +210,7 @@ class DurableCalls:
         match exc:
             case ToolError():
                 await self._journal.finish(entry, _failure_of(exc), "failed")
-            case TransportError(sent=False) if not may_have_run:
+            case ConfigurationError() | TransportError(sent=False) if not may_have_run:
                 await self._journal.withdraw(entry, _failure_of(exc))
             case TransportError(cancelled=True):
                 await self._journal.finish(entry, _failure_of(exc), "cancelled")

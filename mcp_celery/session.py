@@ -10,7 +10,7 @@ import logging
 import ssl
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -40,7 +40,7 @@ from .exceptions import (
 from .handle import SessionHandle, without_secrets
 from .http import Endpoint, new_client, split_credentials
 from .journal import Journal
-from .listings import ToolListings
+from .listings import ToolListings, problem_with_arguments
 from .settings import ServerSettings
 from .transport import ResumableHTTPTransport
 
@@ -390,6 +390,7 @@ class AsyncMCPSession:
         timeout: float | None = None,  # noqa: ASYNC109 - it cancels at the server as well, and is the fixed name
         on_progress: ProgressCallback | None = None,
         raise_on_error: bool = True,
+        check_arguments: bool = False,
     ) -> types.CallToolResult:
         """Call a tool.
 
@@ -399,15 +400,19 @@ class AsyncMCPSession:
             timeout: Seconds for the whole call; then it is cancelled at the server and the session stays usable.
             on_progress: Called with `(progress, total, message)` for each progress notification.
             raise_on_error: Raise `ToolError` where the tool answers `isError`; otherwise return that answer.
+            check_arguments: Check the names of the arguments by the tool's input schema, before it is called.
 
         Raises:
             ToolError: The tool answered `isError`, or its output does not fit its output schema.
+            ConfigurationError: By *check_arguments*: there is no such tool, or it takes other arguments.
         """
         report = _as_coroutine(on_progress)
 
         request = types.CallToolRequest(params=types.CallToolRequestParams(name=name, arguments=arguments))
 
         async def call(client: Client, metadata: ClientMessageMetadata | None) -> types.CallToolResult:
+            if check_arguments and not (metadata and metadata.resumption_token):
+                await self._check_arguments(client, name, arguments or {})
             if client.protocol_version in MODERN_PROTOCOL_VERSIONS:
                 # Here the SDK has more to do: headers by the input schema, and rounds of input.
                 return await client.call_tool(name, arguments, progress_callback=report)
@@ -447,6 +452,18 @@ class AsyncMCPSession:
         with self._events.call(method):
             return await self.ask(method, call)
 
+    async def _check_arguments(self, client: Client, tool: str, arguments: Mapping[str, object]) -> None:
+        """Check names of arguments by the tool's input schema; by a fresh listing before anything is said against them.
+
+        Where the tools cannot be listed, the server is left to judge.
+        """
+        listings = self._connections.of(self._settings).listings
+        if problem_with_arguments(listings.entries(), tool, arguments) is None:
+            return
+        listed = await self._list_until(client, listings, tool)
+        if listed is not None and (problem := problem_with_arguments(listed, tool, arguments)) is not None:
+            raise ConfigurationError(f"MCP server {self.server!r}: {problem}")
+
     async def _check_output(self, client: Client, tool: str, result: types.CallToolResult) -> None:
         """Check a result by the tool's output schema; by a fresh listing before anything is said against it."""
         listings = self._connections.of(self._settings).listings
@@ -461,20 +478,28 @@ class AsyncMCPSession:
             raise ToolError(f"Tool {tool!r} has run, but {problem}", tool, result.structured_content)
 
     @staticmethod
-    async def _list_until(client: Client, listings: ToolListings, tool: str) -> None:
-        """List the tools anew, page by page, until *tool* is there. A result in hand is not lost by a listing."""
+    async def _list_until(client: Client, listings: ToolListings, tool: str) -> list[dict[str, Any]] | None:
+        """List the tools anew, page by page, until *tool* is there. A result in hand is not lost by a listing.
+
+        Returns what was listed; None where *tool* may be in what could not be listed.
+        """
         listings.forget_pages()
+        listed: list[dict[str, Any]] = []
+        is_all = False
         cursor: str | None = None
         try:
             with anyio.move_on_after(LISTING_SECONDS):
                 for _ in range(MAX_PAGES):
-                    page = await client.list_tools(cursor=cursor)
+                    page = await client.list_tools(cursor=cursor, cache_mode="refresh")
                     cursor = page.next_cursor
-                    if cursor is None or any(listed.name == tool for listed in page.tools):
+                    listed += ({"name": found.name, "inputSchema": found.input_schema} for found in page.tools)
+                    is_all = cursor is None or any(found.name == tool for found in page.tools)
+                    if is_all:
                         break
         except (MCPError, ValidationError) as exc:
-            logger.debug("The tools of a server could not be listed (%s): output goes unchecked", type(exc).__name__)
+            logger.debug("The tools of a server could not be listed (%s): a call goes unchecked", type(exc).__name__)
         listings.note_if_unlisted(tool)
+        return listed if is_all else None
 
     async def list_tools(self, *, cursor: str | None = None) -> types.ListToolsResult:
         """List the tools, always from the server. `next_cursor` of the result continues."""

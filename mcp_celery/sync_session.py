@@ -232,6 +232,7 @@ class MCPSession:
         timeout: float | None = None,
         on_progress: "ProgressCallback | None" = None,
         raise_on_error: bool = True,
+        check_arguments: bool = False,
     ) -> "types.CallToolResult":
         """Call a tool and return its result.
 
@@ -241,12 +242,14 @@ class MCPSession:
             timeout: Seconds for the whole call; then it is cancelled at the server and the session stays usable.
             on_progress: Called with `(progress, total, message)` for each progress notification, in this thread.
             raise_on_error: Raise `ToolError` where the tool answers `isError`; otherwise return that answer.
+            check_arguments: Check the names of the arguments by the tool's input schema, before it is called.
 
         Raises:
             ToolError: The tool answered `isError`.
             SessionLostError: The server no longer knows the session.
             TransportError: The server could not be reached, broke off, or did not answer in time.
             MCPError: The server answered with a JSON-RPC error.
+            ConfigurationError: By *check_arguments*: there is no such tool, or it takes other arguments.
         """
         caller = Caller()
 
@@ -261,6 +264,7 @@ class MCPSession:
             timeout=timeout,
             on_progress=report if on_progress is not None else None,
             raise_on_error=raise_on_error,
+            check_arguments=check_arguments,
         )
         return self._call(call, caller)
 

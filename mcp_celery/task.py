@@ -103,7 +103,7 @@ class MCPTask(Task):
 
     def _execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         brought = brought_by(self.request)
-        self._check_servers(brought.given)
+        self._check_servers(brought.given, kwargs)
         if (store := get_store(self.app.conf)) is not None:
             store.check()  # a mistake in its settings shows before anything is sent
         execution = self.request.mcp_execution = Execution(self, self.request, brought, canvas_of(self.app))
@@ -156,7 +156,7 @@ class MCPTask(Task):
         if value is None:
             return super().apply_async(args, kwargs, task_id, *rest, **options)
         brought = read(value)
-        self._check_servers(brought.given)
+        self._check_servers(brought.given, kwargs)
         task_id = task_id or uuid()
         with hold_given(self, brought, task_id, in_group=bool(options.get("group_id"))) as carried:
             kwargs = {**kwargs, KEY: carried.to_json()}
@@ -168,9 +168,9 @@ class MCPTask(Task):
                     never_published(self, brought.holder, options)
                 raise
 
-    def _check_servers(self, given: Sequence[SessionHandle]) -> None:
+    def _check_servers(self, given: Sequence[SessionHandle], kwargs: dict[str, Any]) -> None:
         """A handle that was given to this very task has to be of one of its servers; carried ones need not."""
-        names = {server_name(server) for server in self.server_names()}
+        names = {server_name(server) for server in self._servers_for(kwargs)}
         for handle in given:
             if handle.server not in names:
                 known = ", ".join(sorted(names)) or "none"
@@ -181,6 +181,10 @@ class MCPTask(Task):
     def server_names(self) -> tuple[str, ...]:
         """Return the servers of this task as they are written in its options, the first one first."""
         return tuple(self.mcp_servers) if self.mcp_server is None else (self.mcp_server, *self.mcp_servers)
+
+    def _servers_for(self, _kwargs: dict[str, Any]) -> tuple[str, ...]:
+        """Return the servers of an execution with these arguments."""
+        return self.server_names()
 
     def signature_from_request(self, request: Any = None, *args: Any, **options: Any) -> Any:
         """Return the signature of a retry, with the session of this attempt."""

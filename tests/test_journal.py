@@ -22,6 +22,7 @@ from mcp_celery import journal as journal_module
 from mcp_celery import redis_store
 from mcp_celery.exceptions import (
     CallInterruptedError,
+    ConfigurationError,
     JournalError,
     JournalMismatchError,
     SessionLostError,
@@ -1486,9 +1487,24 @@ async def test_without_the_store_no_durable_task_begins(runs, valkey, monkeypatc
         await runs(store=store).begin()
 
 
-async def test_a_call_that_is_found_in_the_journal_is_told_of_once(running, recorded_peer):
+async def test_a_call_that_is_found_in_the_journal_is_told_once_and_its_arguments_are_not_checked_again(
+    running, recorded_peer
+):
     recorder, told = recorded_peer(*PLAIN), []
     for _ in range(2):
         async with running(recorder.url, tell=told.append) as session:
-            await session.call_tool("add", {"a": 1, "b": 2})
+            result = await session.call_tool("add", {"a": 1, "b": 2}, check_arguments=True)
+            assert result.structured_content == {"result": 3}
     assert [event.name for event in told] == ["session_opened", "call_finished"]
+    assert [recorder.methods().count(f"POST tools/{what}") for what in ("call", "list")] == [1, 1]
+
+
+async def test_a_call_with_wrong_arguments_was_not_made_so_the_next_run_says_the_same(running, recorded_peer):
+    recorder = recorded_peer(*PLAIN)
+    for _ in range(2):
+        async with running(recorder.url) as session:
+            with pytest.raises(ConfigurationError, match="takes no argument c"):
+                await session.call_tool("add", {"a": 1, "b": 2, "c": 3}, check_arguments=True)
+            # What comes after an error that the task has caught is another call than the journal would have.
+            assert (await add(session, 1, 2)) == 3
+    assert recorder.methods().count("POST tools/call") == 1

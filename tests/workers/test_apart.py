@@ -25,7 +25,7 @@ def test_a_session_goes_on_to_a_task_that_only_another_worker_has(recorded_peer,
     with Redis.from_url(valkey, decode_responses=True) as client:
         both = {"apart.opens", "apart.reads"}
         wait_until(
-            lambda: set(client.zrange("{mcp_celery}:tasks", 0, -1)) == both, 10, "the workers to know each other"
+            lambda: set(client.zrange("{mcp_celery}:tasks", 0, -1)) >= both, 10, "the workers to know each other"
         )
     command = [sys.executable, "-c", PUBLISH, valkey]
     published = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
