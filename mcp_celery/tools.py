@@ -50,11 +50,15 @@ def tool(
         more_arguments: Arguments of the tool.
 
     Raises:
-        ConfigurationError: *server* is a URL: those may hold credentials, and signatures show their arguments.
+        ConfigurationError: *server* is a URL: those may hold credentials, and signatures show their arguments. Or the
+            argument *into* is given as well.
     """
     if "://" in server:
         raise ConfigurationError("tool() takes the name of a server in mcp_servers: put the URL there")
-    kwargs: dict[str, Any] = {"server": server, "tool": name, "arguments": {**(arguments or {}), **more_arguments}}
+    arguments = {**(arguments or {}), **more_arguments}
+    if into in arguments:
+        raise ConfigurationError(f"The argument {into!r} of tool {name!r} is given, and is to be the previous result")
+    kwargs: dict[str, Any] = {"server": server, "tool": name, "arguments": arguments}
     options = {"into": into, "timeout": timeout, KEY: mcp_session}
     kwargs |= {option: value for option, value in options.items() if value is not None}
     return signature(NAME, kwargs=kwargs)

@@ -1,12 +1,14 @@
 """`tool`: signatures of a ready-made task, what they give, and what is said of a call that cannot be right."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery, chain, chord, current_app, group, signature
 from mcp_types import CallToolResult, ImageContent, TextContent
 
 from mcp_celery import ConfigurationError, MCPTask, SessionHandle, SessionHandleError, ToolError, TransportError, tool
+from mcp_celery.bootstep import ReaperStep
 from mcp_celery.listings import problem_with_arguments
 from mcp_celery.testing import eager_sessions
 from mcp_celery.tools import result_of
@@ -68,6 +70,11 @@ def test_a_url_in_the_place_of_a_name_is_refused_and_not_shown():
     with pytest.raises(ConfigurationError, match="put the URL there") as caught:
         tool("https://user:secret@host/mcp", "echo")
     assert "secret" not in str(caught.value)
+
+
+def test_an_argument_is_given_or_the_previous_result_and_not_both():
+    with pytest.raises(ConfigurationError, match="'text' of tool 'echo' is given"):
+        tool("peer", "echo", text="x", into="text")
 
 
 def test_every_app_has_the_task():
@@ -208,3 +215,13 @@ def test_names_are_judged_by_what_the_schema_leaves_open(schema, problem):
 
 def test_without_any_tools_the_error_says_so():
     assert problem_with_arguments([], "t", {}) == "there is no tool 't'; there are, for instance, none"
+
+
+def test_workers_of_an_app_without_servers_look_after_no_sessions():
+    app = Celery("plain", broker="memory://", backend="redis://127.0.0.1:9", set_as_current=False)
+    assert "mcp_celery.tool" in app.tasks
+    worker = SimpleNamespace(app=app)
+    assert not ReaperStep(worker).include_if(worker)
+    app.conf.mcp_servers = {"peer": {"url": "http://127.0.0.1:9/mcp"}}
+    assert ReaperStep(worker).include_if(worker)
+    app.close()

@@ -1,9 +1,15 @@
 """Workflows of tools on real workers: with and without tasks of one's own, on one server and on two."""
 
+import os
+import subprocess
+import sys
 from itertools import cycle
+from pathlib import Path
 
 import pytest
 from celery import chain, chord, group, maybe_signature
+from processes import wait_until
+from redis import Redis
 from signatures import still
 from test_chain import CALL, HANDSHAKE, calls_and_handshake
 
@@ -91,3 +97,18 @@ def test_results_and_logs_show_no_handle(project, on_workers):
     (session_id,) = project.recorder.session_ids
     assert last.kwargs == {"server": "peer", "tool": "echo", "arguments": {}, "into": "text"}
     assert session_id not in "".join(project.logs().values())
+
+
+def test_a_project_without_a_task_of_its_own_has_workers_and_a_reaper(recorded_peer, valkey, start_worker):
+    recorder = recorded_peer("python")
+    env = {"BROKER": valkey, "PEER": recorder.url}
+    start_worker("tools_only", "one", env=env)
+    script = Path(__file__).parent / "tools_only.py"
+    published = subprocess.run(
+        [sys.executable, script], env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert published.stdout.strip() == "{'result': '1'}", published.stderr
+    recorder.wait_for(lambda exchange: exchange.method == "DELETE" and exchange.ended is not None)
+    assert calls_and_handshake(recorder.methods()) == [*HANDSHAKE, CALL, CALL, "DELETE"]
+    with Redis.from_url(valkey, decode_responses=True) as client:
+        wait_until(lambda: client.keys("{mcp_celery}:leader:*"), 10, "a reaper that leads")
