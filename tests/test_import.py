@@ -6,7 +6,7 @@ import sys
 PUBLISH = """
 import sys
 from celery import Celery, chain
-from mcp_celery import MCPTask, SessionHandle
+from mcp_celery import MCPTask, SessionHandle, signals, tool
 
 app = Celery("publisher", broker="memory://")
 
@@ -15,7 +15,8 @@ def step(self, x):
     pass
 
 handle = SessionHandle.load(SessionHandle("somewhere", "id", {"protocolVersion": "2025-11-25"}).dumps())
-chain(step.s(1, mcp_session=handle), step.s()).apply_async()
+signals.call_finished.connect(lambda **_: None, weak=False)
+chain(step.s(1, mcp_session=handle), step.s(), tool("somewhere", "x", y=1)).apply_async()
 heavy = {"mcp", "mcp_types", "httpx2", "anyio", "pydantic"} & set(sys.modules)
 threads = __import__("threading").active_count()
 print(sorted(heavy), threads)
