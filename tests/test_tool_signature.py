@@ -129,7 +129,7 @@ def test_the_result_is_structured_content_else_text_else_all_blocks():
     ]
 
 
-def test_a_session_that_was_kept_is_continued_and_one_of_another_server_refused(app, recorder):
+def test_a_session_of_another_server_is_refused(app, recorder):
     handle = SessionHandle("other", "id", {"protocolVersion": "2025-11-25"})
     with pytest.raises(SessionHandleError, match=r"of server 'other', and task mcp_celery\.tool uses peer"):
         tool("peer", "echo", text="x", mcp_session=handle).apply_async()

@@ -13,7 +13,7 @@ from redis import Redis
 from signatures import still
 from test_chain import CALL, HANDSHAKE, calls_and_handshake
 
-from mcp_celery import ConfigurationError, ToolError, tool
+from mcp_celery import ConfigurationError, SessionHandle, ToolError, tool
 
 
 @pytest.fixture
@@ -85,6 +85,13 @@ def test_a_wrong_argument_is_an_error_for_the_caller_and_ends_the_session(projec
     with pytest.raises(ConfigurationError, match=r"tool 'add' takes no argument bb and needs b\. Its arguments: a, b"):
         run(project, first, on_workers("peer", "add", a=1, bb=2), last)
     assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, CALL, "DELETE"]
+
+
+def test_a_session_that_was_kept_is_continued_by_a_tool_and_then_ended(project, s, on_workers):
+    handle = SessionHandle.load(project.run(s.keeps()))
+    steps = on_workers("second", "echo", text="x"), on_workers("peer", "get_variable", name="kept", mcp_session=handle)
+    assert run(project, *steps) == {"result": "yes"}
+    assert project.sessions_closed(2).count("POST initialize") == 2
 
 
 def test_results_and_logs_show_no_handle(project, on_workers):
