@@ -108,6 +108,15 @@ class Portal:
             raise
         return started[0].result()
 
+    def is_current(self) -> bool:
+        """Whether the calling thread is that of the loop, where to wait for the loop would be a deadlock."""
+        import asyncio  # noqa: PLC0415 - as above
+
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
+
     def on_close(self, function: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Have `await function()` run on the loop when the portal closes; the last added first."""
         self._on_close.append(function)
@@ -164,6 +173,12 @@ def close_portal() -> None:
 def is_running() -> bool:
     """Whether this process has a portal now."""
     return os.getpid() in _portals
+
+
+def is_on_loop() -> bool:
+    """Whether the calling thread runs the loop of this process."""
+    portal = _portals.get(os.getpid())
+    return portal is not None and portal.is_current()
 
 
 def in_loop_thread() -> bool:
