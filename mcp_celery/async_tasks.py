@@ -8,11 +8,19 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from .portal import in_loop_thread
+from .portal import in_loop_thread, is_on_loop
 
 #: By name of the task: the requests of the coroutines that this context belongs to. Celery keeps requests by thread,
 #: and all coroutines of a process share one.
 _requests: ContextVar[Mapping[str, Any]] = ContextVar("mcp_celery_requests", default=MappingProxyType({}))
+
+
+class InTaskThread(Exception):  # noqa: N818 - ends a coroutine, as Celery's Retry and Ignore do
+    """Raised in a coroutine that ends by what can only be done in the thread of its task."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        super().__init__("the task goes on in its own thread")
+        self.act = act
 
 
 def request_in_context(task_name: str) -> Any:
@@ -27,6 +35,12 @@ def call_function(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         # Under autoretry_for, `run` has to see what the coroutine raises, and so the function it calls has to wait.
         task._orig_run = _Finishing(task, original)  # noqa: SLF001 - Celery's name for it
     return _finished(task, task.run(*args, **kwargs))
+
+
+def defer_eager(task: Any, act: Callable[[], Any]) -> None:
+    """End the coroutine that this is called in by *act*, where that executes tasks: `self.retry` of an eager task."""
+    if task.request.is_eager and is_on_loop():
+        raise InTaskThread(act)
 
 
 def await_task(task: Any, call: Callable[[], Any]) -> Any:
@@ -63,8 +77,11 @@ def _finished(task: Any, result: Any) -> Any:
     before = _requests.set({**_requests.get(), task.name: task.request})
     try:
         return _dumped(type(task).run, run_to_end(task, result))
+    except InTaskThread as ending:
+        act = ending.act
     finally:
         _requests.reset(before)
+    return act()
 
 
 def _dumped(function: Any, value: Any) -> Any:

@@ -381,7 +381,7 @@ class Execution:
 
     def release(self) -> None:
         """Let go of this process's end of each session."""
-        while self._unclosed:
+        while self._unclosed and not is_on_loop():
             self._close(self._unclosed.pop())
         for server, session in self._sessions.items():
             if session.is_lost and self._eager is not None:

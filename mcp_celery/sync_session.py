@@ -133,7 +133,8 @@ class MCPSession(SessionFace):
 
     def release(self) -> None:
         """Drop this end without a word to the server. Calls raise from here on."""
-        self._call_for_task(self._session.release)
+        if not self._portal.is_current():  # there, nothing was opened
+            self._call_for_task(self._session.release)
 
     def call_tool(
         self,

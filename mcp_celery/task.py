@@ -10,7 +10,7 @@ from celery.exceptions import TaskPredicate
 
 from . import lifecycle  # noqa: F401 - connects to Celery's signals
 from .async_session import NOT_HERE, AwaitedSession
-from .async_tasks import await_task, call_function, request_in_context
+from .async_tasks import await_task, call_function, defer_eager, request_in_context
 from .exceptions import ConfigurationError, SessionError, SessionHandleError
 from .execution import Execution, execution_of
 from .handle import SessionHandle, server_name
@@ -223,6 +223,7 @@ class MCPTask(Task):
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Retry the task, as Celery does; the next attempt resumes the session of this one."""
+        defer_eager(self, partial(self.retry, *args, **kwargs))
         execution = execution_of(self.request)
         if execution is not None and (instead := execution.superseded_by(None)) is not None:
             raise instead
@@ -237,6 +238,7 @@ class MCPTask(Task):
 
         Celery has put into *sig* by now what followed this task, and the task IDs.
         """
+        defer_eager(self, partial(self.on_replace, sig))
         if (execution := execution_of(self.request)) is not None:
             execution.bind_replacement(sig)
         return super().on_replace(sig)

@@ -278,6 +278,27 @@ def test_what_a_coroutine_raises_is_retried_for(task):
         step()
 
 
+def test_an_eager_task_retries_and_replaces_itself(task):
+    @task(max_retries=2, default_retry_delay=0)
+    async def retries(self):
+        await self.amcp.call_tool("echo", {"text": "x"})
+        if self.request.retries < 2:
+            raise self.retry(exc=RuntimeError("not yet"))
+        return self.request.retries
+
+    @task()
+    async def replaced(self, value):
+        await self.amcp.call_tool("echo", {"text": "x"})
+        return self.replace(adds.s(value, 10))
+
+    @task()
+    async def adds(self, a, b):
+        return text_of(await self.amcp.call_tool("add", {"a": a, "b": b}))
+
+    assert retries.apply().get() == 2
+    assert replaced.apply((1,)).get() == "11"
+
+
 # -- Called on a loop
 
 
