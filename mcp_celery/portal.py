@@ -35,6 +35,7 @@ class Caller:
 
     def __init__(self) -> None:
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._is_done = False
 
     def run(self, function: Callable[[], object]) -> None:
         """Have *function* run in the waiting thread, soon. Runs in the loop's thread; returns at once."""
@@ -42,6 +43,7 @@ class Caller:
 
     def done(self) -> None:
         """End `serve`, after everything that was asked for before."""
+        self._is_done = True  # `serve` may be interrupted once it has taken the None
         self._inbox.put(None)
 
     def serve(self) -> None:
@@ -59,8 +61,8 @@ class Caller:
         """Run nothing any more, and wait for `done`, *seconds* at most."""
         deadline = time.monotonic() + seconds
         with suppress(queue.Empty):
-            while self._inbox.get(timeout=max(0.0, deadline - time.monotonic())) is not None:
-                pass
+            while not self._is_done:
+                self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
 
 
 class Portal:
