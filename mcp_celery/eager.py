@@ -38,7 +38,7 @@ def shared_by_eager(app: Any) -> Iterator[None]:
         for task, handle in shared.sessions.values():
             session = new_session(settings_of(task, handle), handle)
             try:
-                session.close()
+                session.end()
             except MCPCeleryError as exc:
                 logger.warning("A session is left to the idle timeout of its server: %s", exc)
             finally:

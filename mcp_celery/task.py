@@ -34,6 +34,8 @@ class MCPTask(Task):
         def open_page(self, url):
             self.mcp.call_tool("browser_navigate", {"url": url})
 
+    The function may be `async def`: `await self.amcp.call_tool(...)`. It runs on the event loop of the process.
+
     The handle of the session travels in the reserved keyword argument `mcp_session`. Give it yourself to continue a
     session that you keep: `step.s(x, mcp_session=handle)`. The function sees it only if it has such a parameter.
     """

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from mcp_celery import MCPTask
 from mcp_celery.exceptions import ConfigurationError, SessionError, ToolError, TransportError
 from mcp_celery.portal import close_portal, get_portal
+from mcp_celery.testing import eager_sessions
 
 SLOW = {"steps": 100, "seconds": 0.1}
 
@@ -324,6 +325,22 @@ async def test_called_on_a_loop_a_task_is_awaited_as_its_function_would_be(task,
     assert (await asyncio.to_thread(inner.apply, (1,))).get()[0] == 1
     assert inner.apply((1,)).get()[0] == 1, "where it holds this loop up"
     assert recorder.methods().count("DELETE") == recorder.methods().count("POST initialize") == 6
+
+
+@pytest.mark.anyio
+async def test_tasks_that_are_awaited_in_a_test_share_its_session(app, task, recorder):
+    @task()
+    async def remember(self):
+        await self.amcp.call_tool("set_variable", {"name": "x", "value": "1"})
+
+    @task()
+    async def recall(self):
+        return text_of(await self.amcp.call_tool("get_variable", {"name": "x"}))
+
+    with eager_sessions(app):
+        await remember()
+        assert await recall() == "1"
+    assert (recorder.methods().count("POST initialize"), recorder.methods()[-1]) == (1, "DELETE")
 
 
 @pytest.mark.anyio

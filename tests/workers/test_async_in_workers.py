@@ -88,6 +88,11 @@ def test_calls_are_made_at_once_over_one_session(project, s):
     assert sessions(project) == (1, 1)
 
 
+def test_the_items_of_a_mapped_task_share_a_session(project):
+    assert project.run(project.tasks.add.starmap([(1, 2), (3, 4)]).set(queue="b")) == [3, 7]
+    assert sessions(project) == (1, 1)
+
+
 @pytest.mark.parametrize(("name", "attempts"), [("retries", 2), ("retries_for", 1)])
 def test_the_attempts_of_a_retried_task_share_a_session(project, s, name, attempts):
     assert project.run(getattr(s, name)()) == attempts
@@ -147,7 +152,8 @@ def test_all_tasks_of_a_worker_of_threads_run_on_one_loop(project):
 def test_both_workers_end_cleanly(project):
     """Last here: it ends them."""
     project.run(project.tasks.remember.s(1).set(queue="a"))
+    project.app.control.shutdown()
     for worker in project.workers:
-        worker.stop(timeout=20)
+        wait_until(lambda worker=worker: not worker.running, 20, "the end of a worker")
         assert worker.returncode == 0
-        assert "Traceback" not in worker.log().rpartition("Warm shutdown")[2]
+        assert "Traceback" not in project.logs()[worker.name]
