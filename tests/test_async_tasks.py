@@ -171,6 +171,7 @@ def test_the_request_and_the_current_task_are_those_of_each_execution(task):
         assert set(seen) == {self.request.id, self.name}
         return self.request.id
 
+    assert step.request.id is None, "bound by now: several threads would bind it at once"
     ids = [f"id-{number}" for number in range(8)]
     results = []
     threads = [
