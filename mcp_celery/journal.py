@@ -26,6 +26,7 @@ import anyio
 from .exceptions import HAS_TAKEN_OVER, JournalError, JournalMismatchError, StoreError, SupersededError
 from .handle import SessionHandle
 from .store import JournalStore, process_name
+from .threads import aside
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +164,7 @@ class Journal:
             await asyncio.wait(self._token_writes.values())  # by them, the next attempt continues a call
         try:
             attempt = self._attempt if is_retried else None
-            await self._in_thread(
-                lambda: self._store.end_journal(self._task_id, self._owner, is_done=is_done, attempt=attempt)
-            )
+            await aside(lambda: self._store.end_journal(self._task_id, self._owner, is_done=is_done, attempt=attempt))
         except StoreError as exc:
             logger.debug("A journal is left to its time to live: %s", exc)
 
@@ -174,7 +173,7 @@ class Journal:
         while True:
             await anyio.sleep(pause_seconds)
             try:
-                if not await self._in_thread(self._write_now, {}):
+                if not await aside(self._write_now, {}):
                     return
                 pause_seconds = LEASE_SECONDS / 3
             except StoreError as exc:
@@ -245,7 +244,7 @@ class Journal:
         written = None
         try:
             while (token := self._entries[number].token) != written and token is not None:
-                await self._in_thread(self._write_now, {f"token:{number}": token})
+                await aside(self._write_now, {f"token:{number}": token})
                 written = token
         except (StoreError, JournalError) as exc:
             logger.debug("A resumption token could not be kept: %s", exc)
@@ -354,7 +353,7 @@ class Journal:
         """
         if not self.is_superseded and self._is_lease_fresh:
             return False
-        return await anyio.to_thread.run_sync(self.has_lost_lease_now)
+        return await aside(self.has_lost_lease_now)
 
     def has_lost_lease_now(self) -> bool:
         """Return what `has_lost_lease` does, without an await: where the store is asked, others on the loop wait."""
@@ -390,15 +389,11 @@ class Journal:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                return await self._in_thread(question)
+                return await aside(question)
             except StoreError:
                 if time.monotonic() > deadline:
                     raise
                 await anyio.sleep(POLL_SECONDS)
-
-    @staticmethod
-    async def _in_thread(question: Callable[..., Any], *arguments: Any) -> Any:
-        return await anyio.to_thread.run_sync(question, *arguments)
 
 
 def _noted(entry: Entry) -> dict[str, str]:

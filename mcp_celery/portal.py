@@ -12,8 +12,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from .exceptions import ConfigurationError
+from .threads import Threads
 
 if TYPE_CHECKING:
     import asyncio
@@ -25,16 +29,33 @@ logger = logging.getLogger(__name__)
 #: How long an interrupted call may take to clean up on the loop (a cancellation sent to the server, for instance).
 CLEAN_UP_SECONDS = 6.0
 
-#: How long a signal can go unnoticed that arrives in the instant before a thread begins to wait. Python runs handlers
-#: between bytecodes, and a wait that has not begun is not interrupted by a signal that has already arrived.
-NOTICE_SECONDS = 1.0
+
+def threads_of_this_process() -> Threads:
+    """Return what this process has for threads.
+
+    Raises:
+        ConfigurationError: It has greenlets of eventlet, whose locks break where a thread of the operating system
+            uses them as well: who waits for one is woken in the wrong thread, which fails, and waits for ever.
+    """
+    patched_by = _thread.start_new_thread.__module__.partition(".")[0]
+    if patched_by == _thread.__name__:
+        return Threads()
+    if patched_by != "gevent":
+        raise ConfigurationError(
+            f"MCP tasks do not run under {patched_by}: use the worker pool prefork, threads, gevent or solo"
+        )
+    from .green import Greenlets  # noqa: PLC0415 - it imports gevent
+
+    return Greenlets()
 
 
 class Caller:
-    """The thread that waits in `Portal.call`, which can be asked to run something meanwhile."""
+    """The thread or greenlet that waits in `Portal.call`, which can be asked to run something meanwhile."""
 
     def __init__(self) -> None:
-        self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        kind = threads_of_this_process()
+        self._inbox = kind.new_inbox()
+        self._patience_seconds = kind.patience_seconds
         self._is_done = False
 
     def run(self, function: Callable[[], object]) -> None:
@@ -50,7 +71,7 @@ class Caller:
         """Run what arrives, in order, until `done`. Runs in the waiting thread."""
         while True:
             try:
-                function = self._inbox.get(timeout=NOTICE_SECONDS)
+                function = self._inbox.get(timeout=self._patience_seconds)
             except queue.Empty:
                 continue
             if function is None:
@@ -69,15 +90,37 @@ class Portal:
     """One thread with one event loop."""
 
     def __init__(self) -> None:
-        # Here, because a process that only publishes tasks is to load neither.
+        self._on_close: list[Callable[[], Coroutine[Any, Any, object]]] = []
+        self._is_wanted = True
+        self._end: Callable[[], object] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        started, kind = Caller(), threads_of_this_process()
+        self._join = kind.start(partial(self._run, kind.new_loop, started), "mcp_celery")
+        try:
+            started.serve()
+        except BaseException:
+            self._stop()
+            raise
+
+    def _run(self, new_loop: "Callable[[], asyncio.AbstractEventLoop]", started: Caller) -> None:
+        """Run the loop until the portal ends. Runs in the loop's thread."""
+        # Here, because a process that only publishes tasks is not to load it.
         import asyncio  # noqa: PLC0415
 
-        from anyio.from_thread import start_blocking_portal  # noqa: PLC0415
+        async def stay() -> None:
+            ended = asyncio.Event()
+            self._loop, self._end = asyncio.get_running_loop(), ended.set
+            started.done()
+            if self._is_wanted:
+                await ended.wait()
 
-        self._stack = ExitStack()
-        self._portal = self._stack.enter_context(start_blocking_portal("asyncio", name="mcp_celery"))
-        self._loop = self._portal.call(asyncio.get_running_loop)
-        self._on_close: list[Callable[[], Coroutine[Any, Any, object]]] = []
+        try:
+            with asyncio.Runner(loop_factory=new_loop) as runner:
+                runner.run(stay())
+        except BaseException as exc:
+            if self._end is not None:
+                raise
+            started.run(partial(_raise, exc))
 
     def call(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
         """Run `await function()` on the loop and wait for it. Context variables go along.
@@ -132,8 +175,18 @@ class Portal:
                 except Exception:
                     logger.exception("Closing what used the event loop")
         finally:
-            self._portal.call(self._portal.stop, True)
-            self._stack.close()
+            self._stop()
+            self._join()
+
+    def _stop(self) -> None:
+        """Have the loop end, and its thread; what runs on it still is cancelled."""
+        self._is_wanted = False
+        if self._end is not None:
+            self._loop.call_soon_threadsafe(self._end)
+
+
+def _raise(exc: BaseException) -> NoReturn:
+    raise exc
 
 
 _lock = threading.Lock()
@@ -192,8 +245,3 @@ def in_loop_thread() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def is_green() -> bool:
-    """Whether gevent or eventlet has put its own in the place of threads: then all that runs shares one thread."""
-    return _thread.start_new_thread.__module__ != _thread.__name__

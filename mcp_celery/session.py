@@ -42,6 +42,7 @@ from .http import Endpoint, new_client, split_credentials
 from .journal import Journal
 from .listings import ToolListings, problem_with_arguments
 from .settings import ServerSettings
+from .threads import aside
 from .transport import ResumableHTTPTransport
 
 T = TypeVar("T")
@@ -576,8 +577,7 @@ class AsyncMCPSession:
 
     async def _tell(self, what: Literal["opened", "closed", "detached"], handle: SessionHandle | None) -> None:
         if self._ledger is not None and handle is not None and handle.session_id is not None:
-            # In a thread: others use this loop.
-            await anyio.to_thread.run_sync(getattr(self._ledger, what), handle)
+            await aside(getattr(self._ledger, what), handle)  # others use this loop
 
     async def ask(
         self,

@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 
 from .async_session import AwaitedSession
 from .events import Event, Told
-from .exceptions import ConfigurationError, SessionError
-from .portal import Caller, Portal, get_portal, in_loop_thread, is_green
+from .exceptions import SessionError
+from .portal import Caller, Portal, get_portal, in_loop_thread
 from .session_face import SessionFace
 
 if TYPE_CHECKING:
@@ -230,8 +230,6 @@ class MCPSession(SessionFace):
 
     def _call(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
         if in_loop_thread():
-            if is_green():
-                raise ConfigurationError("MCP tasks need threads: use the worker pool prefork, threads or solo")
             raise SessionError(
                 "self.mcp waits for the event loop, so it cannot be used in a coroutine: await self.amcp there, in a "
                 "task whose function is async def"

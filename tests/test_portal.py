@@ -358,3 +358,109 @@ assert threading.active_count() == 1
 print(*{"anyio", "asyncio", "mcp", "httpx2"} & sys.modules.keys(), "end")
 """
     assert run_program(program) == ["end"]
+
+
+GREEN = """
+from gevent import monkey
+monkey.patch_all()
+import asyncio, queue, socket, threading
+import anyio, gevent
+from mcp_celery.portal import Caller, Portal, close_portal, get_portal, in_loop_thread
+from mcp_celery.threads import aside
+
+seen = []
+
+async def wait_for_ever():
+    seen.append("runs")
+    try:
+        await anyio.sleep_forever()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(0.02)
+        seen.append("cleaned")
+
+async def fail():
+    raise LookupError("here")
+"""
+
+
+def run_green(text):
+    """Run *text* in a process that gevent has patched."""
+    return run_program(GREEN + text)
+
+
+def test_greenlets_go_on_while_others_wait_for_the_loop():
+    program = """
+meeting = []
+async def meet():
+    meeting.append(1)
+    while len(meeting) < 50:
+        await anyio.sleep(0.001)
+    return threading.get_ident()
+with gevent.Timeout(20):
+    found = {each.get() for each in [gevent.spawn(get_portal().call, meet) for _ in range(50)]}
+print(len(found), threading.get_ident() in found, in_loop_thread())
+close_portal()
+"""
+    assert run_green(program) == ["1", "False", "False"]
+
+
+def test_an_interrupted_greenlet_cancels_its_call():
+    program = """
+def call():
+    try:
+        get_portal().call(wait_for_ever)
+    except BaseException as exc:
+        seen.append(type(exc).__name__)
+        raise
+killed = gevent.spawn(call)
+with gevent.Timeout(10):
+    while not seen:
+        gevent.sleep(0.001)
+killed.kill()
+with gevent.Timeout(10):
+    try:
+        with gevent.Timeout(0.2):
+            call()
+    except gevent.Timeout:
+        print(*seen)
+    try:
+        get_portal().call(fail)
+    except LookupError as exc:
+        print(exc)
+"""
+    interrupted = [["runs", "cleaned", how] for how in ("GreenletExit", "Timeout")]
+    assert run_green(program) == [*interrupted[0], *interrupted[1], "here"]
+
+
+def test_what_would_block_the_loop_runs_in_a_greenlet_among_the_others():
+    program = """
+here = threading.get_native_id()
+def block():
+    gevent.sleep(0.01)
+    return threading.get_native_id() == here
+async def ask():
+    print(await aside(block))
+    try:
+        await aside([].pop)
+    except IndexError:
+        print("raised")
+    found = await asyncio.get_running_loop().getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
+    print(bool(found))
+get_portal().call(ask)
+"""
+    assert run_green(program) == ["True", "raised", "True"]
+
+
+def test_eventlet_is_refused():
+    program = """
+import eventlet
+eventlet.monkey_patch()
+from mcp_celery import ConfigurationError
+from mcp_celery.portal import get_portal
+try:
+    get_portal()
+except ConfigurationError as exc:
+    print(exc)
+"""
+    assert "eventlet:" in run_program(program)

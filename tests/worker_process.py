@@ -7,7 +7,7 @@ from pathlib import Path
 from processes import ChildProcess
 
 _TESTS = Path(__file__).parent
-_DEFAULTS = ("-P", "prefork", "-c", "1", "-l", "INFO", "--without-gossip", "--without-mingle")
+_DEFAULTS = ("-c", "1", "-l", "INFO", "--without-gossip", "--without-mingle")
 
 
 class Worker(ChildProcess):
@@ -31,5 +31,7 @@ class Worker(ChildProcess):
         path = [folder, _TESTS, _TESTS.parent, env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")]
         env["PYTHONPATH"] = os.pathsep.join(str(entry) for entry in dict.fromkeys(path) if entry)
         command = [sys.executable, "-m", "celery", "-A", app_module, "worker", "-n", f"{name}@%h"]
-        super().__init__([*command, *_DEFAULTS, *options], log_path, env=env, cwd=folder)
+        # Once: by the first one, Celery decides whether it patches for gevent.
+        pool = () if "-P" in options else ("-P", "prefork")
+        super().__init__([*command, *pool, *_DEFAULTS, *options], log_path, env=env, cwd=folder)
         self.wait_until_ready(lambda: f"{name}@" in self.log() and " ready." in self.log(), timeout=60)
