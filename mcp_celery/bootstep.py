@@ -44,8 +44,9 @@ STOP_SECONDS = 3.0
 RESTART_SECONDS = 30.0
 
 #: Held while a child is started. A child of the pool that is forked in these milliseconds would keep the pipes of the
-#: start open, and whoever waits at their other ends would wait for the end of that child.
-_starting = threading.Lock()
+#: start open, and whoever waits at their other ends would wait for the end of that child. An RLock, since gevent starts
+#: a child by forking, where these very hooks are called.
+_starting = threading.RLock()
 os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
 
 

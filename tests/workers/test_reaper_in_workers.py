@@ -277,7 +277,7 @@ def test_a_leader_that_stops_resigns(start):
 # How it ends
 
 
-@pytest.mark.parametrize("pool", POOLS, ids=lambda pool: pool[0])
+@pytest.mark.parametrize("pool", [*POOLS, ("gevent", "-c", "10")], ids=lambda pool: pool[0])
 def test_a_warm_shutdown_ends_the_reaper_and_leaves_nothing(start, pool):
     app = start(mcp_session_ttl_seconds=1)
     worker = app.start_worker("a", "-P", *pool)
