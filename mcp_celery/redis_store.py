@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 #: How long the store may take, for a connection and for an answer. A task waits for it.
 TIMEOUT_SECONDS = 2.0
+#: How many threads or greenlets of a process may ask at the same time; redis-py has 100 unless told.
+MAX_CONNECTIONS = 10_000
 #: For how long nothing is asked of a store that did not answer, so that not every task waits for it.
 PAUSE_SECONDS = 5.0
 #: Whoever ends a session has so long, before the reaper tries it (again).
@@ -636,6 +638,7 @@ def connect(settings: StoreSettings) -> "Redis":
         # Once more, since an idle connection may have been closed by the other side; not after a timeout.
         "retry": Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
         "decode_responses": True,
+        "max_connections": MAX_CONNECTIONS,
         **settings.options,
     }
     provider = provider or options.pop("credential_provider", None)
