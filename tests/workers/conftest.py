@@ -106,12 +106,12 @@ class Project:
         self.idle()
 
 
-def start_project(peer_url, broker, folder, environment=None, options=()):
-    """Start two workers of `project` on the server at *peer_url*; the module is imported here as well."""
+def start_project(peer_url, broker, folder, environment=None, options=(), module="project", names=("a", "b")):
+    """Start workers of `project` on the server at *peer_url*; the module is imported here as well."""
     env = {"BROKER": broker, "PEER": peer_url, **(environment or {})}
     workers = [
         Worker(
-            "project",
+            module,
             name,
             "-Q",
             f"{name},common",
@@ -121,14 +121,15 @@ def start_project(peer_url, broker, folder, environment=None, options=()):
             log_path=folder / f"{name}.log",
             env=env,
         )
-        for name in ("a", "b")
+        for name in names
     ]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
         patch.syspath_prepend(str(HERE))
         sys.modules.pop("project", None)
-        return importlib.import_module("project"), workers
+        sys.modules.pop(module, None)
+        return importlib.import_module(module), workers
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The main job on every kind of server, in every pool and through every serializer that is supported here."""
+"""The main job on every kind of server, with children that are replaced, and through every serializer."""
 
 from itertools import pairwise
 
@@ -87,33 +87,15 @@ def test_handles_travel_in_other_serializers(start, serializer):
     assert project.run(on(steps, "a", "b", "a"))[2]["value"] == "1"
 
 
-@pytest.mark.parametrize("pool", ["solo", "threads"])
-def test_the_pool_makes_no_difference(start, pool):
-    project = start(("python",), options=("-P", pool, "-c", "2"))
-    chain_keeps_its_session(project)
-
-
-def test_children_that_are_replaced_after_each_task_keep_the_session(start):
-    project = start(("python",), options=("-P", "prefork", "-c", "1", "--max-tasks-per-child", "1"))
+@pytest.mark.parametrize("option", ["--max-tasks-per-child", "--max-memory-per-child"])
+def test_children_that_are_replaced_after_each_task_keep_the_session(start, option):
+    project = start(("python",), options=("-P", "prefork", "-c", "1", option, "1"))  # one task, or one KiB
     t = project.tasks
     steps = chain(t.remember.s([], "x", "1"), *[t.recall.s("x") for _ in range(5)])
-    rows = project.run(on(steps, "a", "b", "a", "b", "a", "b"))
+    rows = project.run(on(steps, "a", "b", "a", "b", "a", "b"), timeout=30)  # each child loads the SDK anew
     assert len({row["pid"] for row in rows}) == 6
     assert len({row["session"] for row in rows}) == 1
     assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, *[CALL] * 6, "DELETE"]
-
-
-@pytest.mark.parametrize("pool", ["prefork", "solo", "threads"])
-def test_a_worker_that_used_sessions_shuts_down_cleanly(start, pool):
-    project = start(("python",), options=("-P", pool, "-c", "2"))
-    chain_keeps_its_session(project)
-    project.idle()
-    for worker in project.workers:
-        worker.stop(timeout=20)
-        assert not worker.running
-        assert worker.returncode == 0
-        for word in ("Traceback", "ResourceWarning", "RuntimeWarning", "never awaited", "was destroyed", "Unclosed"):
-            assert word not in worker.log()
 
 
 def test_two_workers_on_one_session_never_see_each_others_answers(start):

@@ -1,0 +1,83 @@
+"""The app of test_pools.py: some tasks of `project`, and some that look at the process that they run in."""
+
+import asyncio
+import atexit
+import os
+import sys
+import threading
+import traceback
+from contextlib import suppress
+
+from celery.signals import worker_init
+from processes import wait_until
+from project import PeerTask, app, gather, recall, remember, row, slow, task  # noqa: F401 - those of the tests, too
+
+from mcp_celery.portal import get_portal, is_running
+
+app.conf.update(
+    worker_pool_start_method=os.environ.get("START_METHOD", "fork"),
+    # As many as tasks run at the same time: redis-py has 100.
+    redis_max_connections=1000,
+)
+
+#: How many of `meets` wait for each other in a process.
+MEETING = int(os.environ.get("MEETING", "1"))
+meeting = threading.Barrier(MEETING)
+
+
+@task(base=PeerTask, bind=True)
+def meets(self, number):
+    """Open a session, wait until all others have done so, then call a tool along with them."""
+    self.mcp.open()
+    meeting.wait(60)
+    return row(self, number=self.mcp.call_tool("add", {"a": number, "b": 1}).structured_content["result"])
+
+
+@task(base=PeerTask, bind=True)
+def sees_loop(self):
+    """Return whether an event loop seems to run in this thread, before a call, meanwhile, and after it."""
+
+    def is_seen():
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return False
+        return True
+
+    seen = [is_seen()]
+    self.mcp.call_tool("slow", {"steps": 2, "seconds": 0.01}, on_progress=lambda *_: seen.append(is_seen()))
+    return [*seen, is_seen()]
+
+
+@task(base=PeerTask, bind=True, mcp_durable=True, acks_late=True, reject_on_worker_lost=True)
+def adds_durably(self, number):
+    once = self.mcp.call_tool("add", {"a": number, "b": 1}).structured_content["result"]
+    return self.mcp.call_tool("add", {"a": once, "b": 1}).structured_content["result"]
+
+
+@task()
+def left_over():
+    """Return what runs on the event loop of a process that has nothing to do."""
+
+    async def ask():
+        return [each.get_coro().__qualname__ for each in asyncio.all_tasks() if each is not asyncio.current_task()]
+
+    return get_portal().call(ask) if is_running() else []
+
+
+@worker_init.connect
+def show_threads_at_the_end(**_):
+    """Have the worker's main process say what is left when it ends, after all of Celery's own endings."""
+
+    def names():
+        # Not those that gevent looks names up in, and has no other word for.
+        return [each.name for each in threading.enumerate() if not isinstance(each, threading._DummyThread)]
+
+    def show():
+        with suppress(TimeoutError):  # workers of the event loop end with it, a moment later
+            wait_until(lambda: names() == ["MainThread"], 2)
+        stacks = [traceback.extract_stack(frame) for frame in sys._current_frames().values()]
+        loops = sum(any(frame.name == "run_forever" for frame in stack) for stack in stacks)
+        print("threads left:", *names(), "event loops left:", loops, file=sys.__stdout__)
+
+    atexit.register(show)
