@@ -7,10 +7,12 @@ event loop runs in a thread of the operating system, and greenlets wait for it a
 import queue
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
+
+T = TypeVar("T")
 
 #: How long a signal can go unnoticed that arrives in the instant before a thread begins to wait. Python runs handlers
 #: between bytecodes, and a wait that has not begun is not interrupted by a signal that has already arrived.
@@ -54,7 +56,7 @@ class Threads:
         return asyncio.new_event_loop()
 
 
-async def aside(function: Callable[..., Any], *arguments: Any) -> Any:
+async def aside(function: Callable[..., T], *arguments: Any) -> T:
     """Run *function*, which may block, beside the event loop, in the context of the caller.
 
     In a thread; in a patched process in a greenlet, since sockets and locks are made for greenlets there.
@@ -64,4 +66,5 @@ async def aside(function: Callable[..., Any], *arguments: Any) -> Any:
     import anyio.to_thread  # noqa: PLC0415 - as above
 
     beside = getattr(asyncio.get_running_loop(), "aside", anyio.to_thread.run_sync)
-    return await beside(function, *arguments)
+    result: T = await beside(function, *arguments)
+    return result
