@@ -11,8 +11,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import ExitStack, suppress
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -61,6 +62,59 @@ class Caller:
         with suppress(queue.Empty):
             while self._inbox.get(timeout=max(0.0, deadline - time.monotonic())) is not None:
                 pass
+
+
+class Callers:
+    """The threads that wait for the loop on behalf of one task, and what is to be run in one of them.
+
+    Belongs to the thread that makes it. That one goes first; of several calls within each other, the innermost.
+    """
+
+    def __init__(self) -> None:
+        self._owner = threading.get_ident()
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[int, Caller]] = []
+        self._jobs: deque[Callable[[], object]] = deque()
+
+    @contextmanager
+    def waiting(self, caller: Caller) -> Iterator[None]:
+        """While this thread waits: have *caller* run what there is to run, also what was left over before."""
+        entry = threading.get_ident(), caller
+        with self._lock:
+            self._waiting.append(entry)
+        self._wake()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting.remove(entry)
+            self._wake()
+
+    @property
+    def are_waiting(self) -> bool:
+        """Whether a thread waits now."""
+        return bool(self._waiting)
+
+    def run(self, job: Callable[[], object]) -> None:
+        """Have *job* run in a thread that waits, soon; where none does, as soon as one does. Returns at once."""
+        self._jobs.append(job)
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            own = [caller for thread, caller in self._waiting if thread == self._owner]
+            others = [caller for _, caller in self._waiting]
+            caller = next(reversed(own or others), None)
+            if caller is not None and self._jobs:
+                caller.run(self._work)
+
+    def _work(self) -> None:
+        while self._jobs:
+            try:
+                job = self._jobs.popleft()
+            except IndexError:  # another thread took it
+                return
+            job()
 
 
 class Portal:
