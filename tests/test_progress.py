@@ -2,11 +2,13 @@
 
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from calls import is_call, text_of
-from celery import Celery
+from celery import Celery, uuid
 from celery.exceptions import SoftTimeLimitExceeded
+from processes import wait_until
 
 from mcp_celery import ConfigurationError, MCPTask
 from mcp_celery.portal import close_portal
@@ -60,33 +62,29 @@ def wants_progress(task):
 )
 def test_each_report_becomes_the_state_of_the_task_where_the_interval_is_0(make, peer):
     task = make(slow, peer=peer, mcp_progress_interval_seconds=0)
-    result = task.apply(task_id="progress-1")
-    assert result.get() == "done"
+    task_id = uuid()
+    assert task.apply(task_id=task_id).get() == "done"
     ids, states, metas, threads = zip(*task.app.states, strict=True)
-    assert (set(ids), set(states), set(threads)) == ({"progress-1"}, {"PROGRESS"}, {threading.current_thread()})
+    assert (set(ids), set(states), set(threads)) == ({task_id}, {"PROGRESS"}, {threading.current_thread()})
     assert [meta["progress"] for meta in metas] == [1, 2, 3, 4, 5]
     assert metas[0] == {"progress": 1, "total": 5, "message": "step 1", "tool": "slow"}
-    assert task.AsyncResult("progress-1").state == "SUCCESS"
+    assert task.AsyncResult(task_id).state == "SUCCESS"
 
 
 def test_others_see_it_while_the_call_goes_on(make):
-    seen = []
+    task_id = uuid()
 
-    def look(self):
-        class Looking(threading.Thread):
-            def run(self):
-                while not (info := task.AsyncResult("progress-2").info) or info["progress"] < 3:
-                    pass
-                seen.append(info)
+    def look():
+        return wait_until(lambda: (info := task.AsyncResult(task_id).info) and info["progress"] >= 3 and info)
 
-        looking = Looking(daemon=True)
-        looking.start()
-        self.mcp.call_tool("slow", {"steps": 10, "seconds": 0.1})
-        looking.join(5)
+    def slow_enough(self):
+        with ThreadPoolExecutor() as pool:
+            looked = pool.submit(look)
+            self.mcp.call_tool("slow", {"steps": 10, "seconds": 0.1})
+            return looked.result()
 
-    task = make(look, mcp_progress_interval_seconds=0)
-    task.apply(task_id="progress-2").get()
-    assert seen[0]["tool"] == "slow"
+    task = make(slow_enough, mcp_progress_interval_seconds=0)
+    assert task.apply(task_id=task_id).get()["tool"] == "slow"
 
 
 def test_a_burst_is_written_once_an_interval_and_its_last_report_is_not_lost(make):
@@ -210,7 +208,8 @@ def test_the_state_of_another_execution_that_has_taken_over_is_left_alone(make):
     from mcp_celery.progress import TaskProgress
 
     task = make(slow)
-    task.push_request(id="progress-3", called_directly=False)
+    task_id = uuid()
+    task.push_request(id=task_id, called_directly=False)
     written = TaskProgress(
         task,
         task.request,
@@ -222,4 +221,4 @@ def test_the_state_of_another_execution_that_has_taken_over_is_left_alone(make):
     written._store({"progress": 1}, None)
     task.pop_request()
     assert not task.app.states
-    assert task.AsyncResult("progress-3").state == "PENDING"
+    assert task.AsyncResult(task_id).state == "PENDING"

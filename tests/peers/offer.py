@@ -192,6 +192,14 @@ def _offer_elicitation(server: Any) -> None:
 
 def _offer_notifications(server: Any) -> None:
     @server.tool()
+    async def burst(reports: int, seconds: float, ctx: Context) -> str:
+        """Report *reports* times at once, then take *seconds*."""
+        for report in range(1, reports + 1):
+            await ctx.report_progress(report, reports)
+        await anyio.sleep(seconds)
+        return "done"
+
+    @server.tool()
     async def say(level: str, text: str, ctx: Context) -> str:
         """Log *text*, in which {session} stands for the session's own ID."""
         session_id = ctx.request_context.request.headers.get("mcp-session-id")
