@@ -67,12 +67,12 @@ class Caller:
 class Callers:
     """The threads that wait for the loop on behalf of one task, and what is to be run in one of them.
 
-    Belongs to the thread that makes it. That one goes first; of several calls within each other, the innermost.
+    Belongs to the thread that makes it. That one goes first; of several calls within each other, the innermost. There
+    is no lock: who adds something looks only then for the other side, so one of the two sees it.
     """
 
     def __init__(self) -> None:
         self._owner = threading.get_ident()
-        self._lock = threading.Lock()
         self._waiting: list[tuple[int, Caller]] = []
         self._jobs: deque[Callable[[], object]] = deque()
 
@@ -80,13 +80,12 @@ class Callers:
     def waiting(self, caller: Caller) -> Iterator[None]:
         """While this thread waits: have *caller* run what there is to run, also what was left over before."""
         entry = threading.get_ident(), caller
-        with self._lock:
+        try:  # here: an interruption may come at any place
             self._waiting.append(entry)
-        self._wake()
-        try:
+            self._wake()
             yield
         finally:
-            with self._lock:
+            with suppress(ValueError):
                 self._waiting.remove(entry)
             self._wake()
 
@@ -101,12 +100,11 @@ class Callers:
         self._wake()
 
     def _wake(self) -> None:
-        with self._lock:
-            own = [caller for thread, caller in self._waiting if thread == self._owner]
-            others = [caller for _, caller in self._waiting]
-            caller = next(reversed(own or others), None)
-            if caller is not None and self._jobs:
-                caller.run(self._work)
+        waiting = list(self._waiting)
+        own = [entry for entry in waiting if entry[0] == self._owner]
+        if waiting and self._jobs:
+            _, caller = (own or waiting)[-1]
+            caller.run(self._work)
 
     def _work(self) -> None:
         while self._jobs:

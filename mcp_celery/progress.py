@@ -2,8 +2,8 @@
 
 import logging
 import math
-import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -59,8 +59,8 @@ class TaskProgress:
         self._interval_seconds = interval_seconds
         self._current_call = current_call
         self._is_superseded = is_superseded
-        self._lock = threading.Lock()
-        self._latest: tuple[dict[str, Any], Call | None] | None = None
+        self._latest: deque[tuple[dict[str, Any], Call | None]] = deque(maxlen=1)
+        self._is_awaited = False
         self._is_due = -math.inf
         #: When the result backend may be tried again; None where it has not failed.
         self._paused_until: float | None = None
@@ -80,18 +80,17 @@ class TaskProgress:
         if not self._interval_seconds:
             self._callers.run(partial(self._store, meta, call))
             return
-        with self._lock:
-            is_first, self._latest = self._latest is None, (meta, call)
-        if is_first:  # else it goes along when the time has come
+        self._latest.append((meta, call))
+        if not self._is_awaited:  # else it goes along when the time has come
+            self._is_awaited = True
             delay = max(0.0, self._is_due - time.monotonic())
             asyncio.get_running_loop().call_later(delay, self._callers.run, self._store_latest)
 
     def _store_latest(self) -> None:
-        with self._lock:
-            latest, self._latest = self._latest, None
-        if latest is not None:
+        self._is_awaited = False  # first: what the loop adds from here on, it has looked at by itself
+        if self._latest:
             self._is_due = time.monotonic() + self._interval_seconds
-            self._store(*latest)
+            self._store(*self._latest.pop())
 
     def _store(self, meta: dict[str, Any], call: Call | None) -> None:
         if (call is not None and call.has_ended) or self._is_superseded():

@@ -23,8 +23,12 @@ from mcp_types import (
 )
 
 from mcp_celery import ConfigurationError, MCPTask, TransportError
-from mcp_celery.asked import elicited, listed, sampled
-from mcp_celery.portal import close_portal
+from mcp_celery.asked import Asked, elicited, listed, sampled
+from mcp_celery.journal import Journal
+from mcp_celery.portal import Callers, close_portal
+from mcp_celery.redis_store import RedisStore
+from mcp_celery.session import AsyncMCPSession, Connections
+from mcp_celery.settings import ServerSettings, StoreSettings
 from mcp_celery.transport import resumable_http
 
 #: Servers of ours, one of each implementation.
@@ -125,6 +129,17 @@ def test_what_a_task_has_no_method_for_is_not_advertised_and_declined_at_once(re
         assert "User rejected sampling request" in sampling
         assert elicitation == "decline"
         assert "Roots not supported" in roots
+
+
+@pytest.mark.anyio
+async def test_a_session_of_no_task_declines_all(recorded_peer, new_session):
+    recorder = recorded_peer("python")
+    session = new_session(recorder.url)
+    assert "User rejected" in text_of(await session.call_tool("ask_model", {"prompt": "x"}))
+    assert text_of(await session.call_tool("ask_user", {"question": "x"})) == "decline"
+    assert "not supported" in text_of(await session.call_tool("ask_roots"))
+    assert capabilities(recorder) == {}
+    await session.close()
 
 
 def test_coroutine_functions_answer_on_the_event_loop(recorded_peer, run):
@@ -496,6 +511,30 @@ def test_a_call_that_needs_input_can_be_continued_by_another_task(recorded_peer,
     assert run(recorder.url, Silent, finish, key=key, state=state, mcp_session=handle) == "x: accept yes"
     assert recorder.methods()[0] == "POST tools/call"
     assert not {"POST server/discover", "POST initialize"} & set(recorder.methods())
+
+
+@pytest.mark.anyio
+async def test_a_durable_task_gets_the_question_again_without_a_request(recorded_peer, valkey):
+    recorder, connections = recorded_peer(*MODERN), Connections()
+    asked = Asked(Answering, Callers(), logging.getLogger("asked.task"))
+    answers = []
+    for _ in range(2):
+        journal = Journal(RedisStore(StoreSettings(url=valkey)), "task", attempt=0, max_result_bytes=10_000)
+        await journal.begin()
+        settings = ServerSettings(name="server", url=recorder.url)
+        session = AsyncMCPSession(settings, connections, journal=journal, asked=asked)
+        asking = await session.call_tool("delete", {"item": "x"}, allow_input_required=True)
+        (key,) = asking.input_requests
+        given = {key: {"action": "accept", "content": {"answer": "yes"}}}
+        state = asking.request_state
+        answer = await session.call_tool("delete", {"item": "x"}, input_responses=given, request_state=state)
+        answers.append((asking, answer))
+        await session.release()
+        await journal.end(is_done=False)
+    await connections.aclose()
+    assert answers[0] == answers[1]
+    assert text_of(answers[0][1]) == "x: accept yes"
+    assert recorder.methods().count("POST tools/call") == 2
 
 
 # Changes
