@@ -73,16 +73,21 @@ class CallUnderWay:
 
     Attributes:
         tool: The name of the tool; None for what only reads.
-        has_ended: Whether the answer is there, or not waited for any more.
+        ended: Set once the answer is there, or not waited for any more.
         failure: What a method of the task has raised: the call ends with it.
     """
 
     def __init__(self, tool: str | None) -> None:
         self.tool = tool
-        self.has_ended = False
+        self.ended = asyncio.Event()
         self.failure: Exception | None = None
         self.scope = anyio.CancelScope()
         self._unanswered: set[asyncio.Future[Any]] = set()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `ended` is set."""
+        return self.ended.is_set()
 
     def fail(self, exc: Exception) -> None:
         """Cancel the call, which raises *exc*."""
@@ -92,7 +97,7 @@ class CallUnderWay:
 
     def end(self) -> None:
         """Answer what the server has asked meanwhile, and nobody will: the thread of the task has gone on."""
-        self.has_ended = True
+        self.ended.set()
         for future in self._unanswered:
             if not future.done():
                 future.set_exception(MCPError(types.REQUEST_TIMEOUT, "The call to which this belongs has ended"))
@@ -212,12 +217,16 @@ class Asked:
 
         An `MCPError` is an answer as well.
         """
+        call = current_call()
         try:
             return read(await self._run(getattr(self._task, name), *args))
         except MCPError as exc:
             return exc.error
         except Exception as exc:  # noqa: BLE001 - the user's own code
-            _fail(current_call(), name, exc)
+            _fail(call, name, exc)
+            if call is not None:
+                # Then it is known whether the call is cancelled at the server, or goes on for another run to answer.
+                await call.ended.wait()
             return types.ErrorData(code=types.INTERNAL_ERROR, message=f"{name} has failed")
 
     async def _run(self, hook: Callable[..., Any], *args: object) -> Any:
@@ -238,9 +247,6 @@ class Asked:
                 outcome = hook(*args)
             except Exception as exc:  # noqa: BLE001 - the user's own code; it is raised where the call is made
                 loop.call_soon_threadsafe(tell, future.set_exception, exc)
-            except BaseException:
-                loop.call_soon_threadsafe(future.cancel)
-                raise
             else:
                 loop.call_soon_threadsafe(tell, future.set_result, outcome)
 

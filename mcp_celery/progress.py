@@ -26,7 +26,10 @@ PAUSE_SECONDS = 60.0
 class Call(Protocol):
     """A call under way."""
 
-    has_ended: bool
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is under way no more."""
+        ...
 
 
 class TaskProgress:

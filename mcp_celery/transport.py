@@ -97,6 +97,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         self._may_discover = False
         #: From when on, by the loop's clock, the server is told of requests that are given up.
         self.cancels_from = 0.0
+        #: What the server has asked during calls that were given up here and go on at the server.
+        self._left: set[RequestId] = set()
         self._prefix = secrets.token_hex(6)
         self._exchanges: dict[RequestId, Exchange] = {}
         self._inbox: MemoryObjectSendStream[_Envelope] | None = None
@@ -217,8 +219,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
                 self._start_listening()
             case JSONRPCNotification(method="notifications/cancelled") as notification:
                 await self._cancel(notification)
-            case JSONRPCError(error=ErrorData(code=code), id=asked) if code == CONNECTION_CLOSED and self._waits(asked):
-                pass  # This end is left before it has answered. The call may be continued elsewhere, and asked there.
+            case JSONRPCError() as refusal if self._is_for_others(refusal):
+                pass
             case JSONRPCResponse() | JSONRPCError() as answer:
                 await self._answer(answer)
             case message:
@@ -348,9 +350,11 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         if answer.id is not None:
             self._note_answer(answer.id)
 
-    def _waits(self, request_id: RequestId | None) -> bool:
-        """Whether a call is under way that goes on once the server has this answer."""
-        return any(request_id in exchange.unanswered for exchange in self._exchanges.values())
+    def _is_for_others(self, refusal: JSONRPCError) -> bool:
+        """Whether this end has no answer only because it is left: the call goes on, and who continues it is asked."""
+        is_left = refusal.error.code == CONNECTION_CLOSED
+        waiting = (refusal.id in exchange.unanswered for exchange in self._exchanges.values())
+        return refusal.id in self._left or (is_left and any(waiting))
 
     def _note_answer(self, request_id: RequestId) -> None:
         for exchange in self._exchanges.values():
@@ -369,6 +373,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         if exchange is not None:
             if anyio.current_time() >= self.cancels_from:
                 await self._tell_cancelled(exchange, params.get("reason"))
+            else:
+                self._left |= exchange.unanswered
             exchange.give_up()
 
     async def _tell_cancelled(self, exchange: Exchange, reason: object) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -85,6 +86,21 @@ def run():
     for app in apps:
         app.close()
     close_portal()
+
+
+@asynccontextmanager
+async def a_run(url, valkey, task, connections):
+    """The session of one run of a durable task."""
+    journal = Journal(RedisStore(StoreSettings(url=valkey)), "task", attempt=0, max_result_bytes=10_000)
+    await journal.begin()
+    asked = Asked(task, Callers(), logging.getLogger("asked.task"))
+    settings, handle = ServerSettings(name="server", url=url), journal.sessions.get("server")
+    session = AsyncMCPSession(settings, connections, handle, journal=journal, asked=asked)
+    try:
+        yield session
+    finally:
+        await session.release()
+        await journal.end(is_done=False)
 
 
 def answers(recorder):
@@ -337,6 +353,28 @@ async def test_a_question_that_was_not_answered_is_asked_again_of_who_continues_
     assert text_of(result) == "one again second"
 
 
+@pytest.mark.anyio
+async def test_what_fails_to_answer_in_a_durable_task_leaves_the_question_to_its_next_run(recorded_peer, valkey):
+    class Asking:
+        failures = 1
+
+        async def on_elicitation(self, params):
+            if self.failures:
+                self.failures -= 1
+                raise LookupError("not yet")
+            return {"answer": params.message}
+
+    recorder, task, connections = recorded_peer("python", "--event-store"), Asking(), Connections()
+    async with a_run(recorder.url, valkey, task, connections) as session:
+        with pytest.raises(LookupError, match="not yet"):
+            await session.call_tool("ask_user", {"question": "why"})
+    async with a_run(recorder.url, valkey, task, connections) as session:
+        assert text_of(await session.call_tool("ask_user", {"question": "why"})) == "accept: why"
+    await connections.aclose()
+    assert sum(map(is_call, recorder.exchanges)) == 1
+    assert len(answers(recorder)) == 1
+
+
 # What the methods may return
 
 
@@ -516,21 +554,15 @@ def test_a_call_that_needs_input_can_be_continued_by_another_task(recorded_peer,
 @pytest.mark.anyio
 async def test_a_durable_task_gets_the_question_again_without_a_request(recorded_peer, valkey):
     recorder, connections = recorded_peer(*MODERN), Connections()
-    asked = Asked(Answering, Callers(), logging.getLogger("asked.task"))
     answers = []
     for _ in range(2):
-        journal = Journal(RedisStore(StoreSettings(url=valkey)), "task", attempt=0, max_result_bytes=10_000)
-        await journal.begin()
-        settings = ServerSettings(name="server", url=recorder.url)
-        session = AsyncMCPSession(settings, connections, journal=journal, asked=asked)
-        asking = await session.call_tool("delete", {"item": "x"}, allow_input_required=True)
-        (key,) = asking.input_requests
-        given = {key: {"action": "accept", "content": {"answer": "yes"}}}
-        state = asking.request_state
-        answer = await session.call_tool("delete", {"item": "x"}, input_responses=given, request_state=state)
-        answers.append((asking, answer))
-        await session.release()
-        await journal.end(is_done=False)
+        async with a_run(recorder.url, valkey, Answering, connections) as session:
+            asking = await session.call_tool("delete", {"item": "x"}, allow_input_required=True)
+            (key,) = asking.input_requests
+            given = {key: {"action": "accept", "content": {"answer": "yes"}}}
+            state = asking.request_state
+            answer = await session.call_tool("delete", {"item": "x"}, input_responses=given, request_state=state)
+            answers.append((asking, answer))
     await connections.aclose()
     assert answers[0] == answers[1]
     assert text_of(answers[0][1]) == "x: accept yes"
