@@ -245,7 +245,9 @@ class Asked:
                 return
             try:
                 outcome = hook(*args)
-            except Exception as exc:  # noqa: BLE001 - the user's own code; it is raised where the call is made
+            except Exception as exc:
+                if future.done():  # nobody waits for it any more: it may be a time limit
+                    raise
                 loop.call_soon_threadsafe(tell, future.set_exception, exc)
             else:
                 loop.call_soon_threadsafe(tell, future.set_result, outcome)
@@ -285,16 +287,8 @@ class Asked:
         self, on_log: Callable[..., Any], params: types.LoggingMessageNotificationParams, call: CallUnderWay | None
     ) -> None:
         """Have `on_log` take a message. What it raises ends the call, unless that has ended."""
-        loop = asyncio.get_running_loop()
-
-        def take() -> None:
-            try:
-                on_log(params)
-            except Exception as exc:  # noqa: BLE001 - the user's own code
-                loop.call_soon_threadsafe(_fail, call, "on_log", exc)
-
         if not inspect.iscoroutinefunction(on_log):
-            self._callers.run(take)
+            self._callers.run(partial(on_log, params))
             return
         try:
             await on_log(params)
