@@ -30,6 +30,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from mcp.shared.message import ClientMessageMetadata, SessionMessage
 from mcp_types import (
     CONNECTION_CLOSED,
+    HEADER_MISMATCH,
     INVALID_REQUEST,
     METHOD_NOT_FOUND,
     UNSUPPORTED_PROTOCOL_VERSION,
@@ -287,6 +288,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
             case JSONRPCResponse():
                 self._keep(exchange.request, message.result)
             case JSONRPCError():
+                if message.error.code == HEADER_MISMATCH and self._listings is not None:
+                    self._listings.drop()  # the SDK lists the tools anew, and is to see what has changed
                 message = self._hint_at_discovery(exchange.request, message)
             case JSONRPCNotification() if is_progress(message):
                 message = self._with_known_token(exchange, message)

@@ -1,5 +1,6 @@
 """What servers ask and tell a task meanwhile: answered by its methods, in its thread, or declined at once."""
 
+import json
 import logging
 import threading
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from celery import Celery
 from mcp import Client, MCPError
 from mcp.shared.message import ClientMessageMetadata
 from mcp_types import (
+    HEADER_MISMATCH,
     CallToolRequest,
     CallToolRequestParams,
     CallToolResult,
@@ -583,6 +585,22 @@ async def test_a_change_of_the_tools_drops_their_listing(recorded_peer, new_sess
     await session.call_tool("announce", raise_on_error=False)
     await session.call_tool("add", {"a": 1, "b": 2})
     assert recorder.methods().count("POST tools/list") == 2
+    await session.close()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.anyio
+async def test_a_server_that_misses_headers_of_a_call_is_asked_for_its_tools_anew(recorded_peer, new_session, by_hand):
+    recorder = recorded_peer(*MODERN)
+    session = new_session(recorder.url)
+    await session.call_tool("add", {"a": 1, "b": 2})
+    recorder.clear()
+    error = {"code": HEADER_MISMATCH, "message": "The schema has changed"}
+    body = json.dumps({"jsonrpc": "2.0", "id": None, "error": error}).encode()
+    recorder.answer(rpc_method="tools/call", status=400, body=body)
+    result = await session.call_tool("add", {"a": 1, "b": 2}, allow_input_required=by_hand)
+    assert text_of(result) == "3"
+    assert recorder.methods() == ["POST tools/call", "POST tools/list", "POST tools/call"]
     await session.close()
 
 
