@@ -73,12 +73,14 @@ class CallUnderWay:
 
     Attributes:
         tool: The name of the tool; None for what only reads.
+        goes_on: Whether it goes on at the server where it is given up here: that of a durable task.
         ended: Set once the answer is there, or not waited for any more.
         failure: What a method of the task has raised: the call ends with it.
     """
 
-    def __init__(self, tool: str | None) -> None:
+    def __init__(self, tool: str | None, *, goes_on: bool = False) -> None:
         self.tool = tool
+        self.goes_on = goes_on
         self.ended = asyncio.Event()
         self.failure: Exception | None = None
         self.scope = anyio.CancelScope()
@@ -100,7 +102,7 @@ class CallUnderWay:
         self.ended.set()
         for future in self._unanswered:
             if not future.done():
-                future.set_exception(MCPError(types.REQUEST_TIMEOUT, "The call to which this belongs has ended"))
+                future.set_exception(MCPError(types.CONNECTION_CLOSED, "The call to which this belongs has ended"))
 
     async def answer_of(self, future: asyncio.Future[T]) -> T:
         """Wait for an answer that comes from a thread, until the call ends."""
@@ -116,9 +118,9 @@ _current: ContextVar[CallUnderWay | None] = ContextVar("mcp_celery_call", defaul
 
 
 @contextmanager
-def under_way(tool: str | None) -> Iterator[CallUnderWay]:
+def under_way(tool: str | None, *, goes_on: bool = False) -> Iterator[CallUnderWay]:
     """Make a call within. Where a method of the task fails meanwhile, the call is cancelled, and this raises that."""
-    call = CallUnderWay(tool)
+    call = CallUnderWay(tool, goes_on=goes_on)
     token = _current.set(call)
     try:
         with call.scope:
@@ -225,9 +227,10 @@ class Asked:
         except Exception as exc:  # noqa: BLE001 - the user's own code
             _fail(call, name, exc)
             if call is not None:
-                # Then it is known whether the call is cancelled at the server, or goes on for another run to answer.
-                await call.ended.wait()
-            return types.ErrorData(code=types.INTERNAL_ERROR, message=f"{name} has failed")
+                await call.ended.wait()  # so that the server hears first that the call is cancelled
+            is_left = call is not None and call.goes_on  # then who continues the call is asked
+            code = types.CONNECTION_CLOSED if is_left else types.INTERNAL_ERROR
+            return types.ErrorData(code=code, message=f"{name} has failed")
 
     async def _run(self, hook: Callable[..., Any], *args: object) -> Any:
         """Run a method of the task where it belongs, and return what it returns."""

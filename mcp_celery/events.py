@@ -1,6 +1,7 @@
-"""What happens in a session, as it is told to who feeds metrics: `signals` sends it on, in the task's thread."""
+"""What happens in a session, as it is told to who feeds metrics: `signals` sends it on, where the task runs."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -86,3 +87,24 @@ class Events:
     def _send(self, name: str, **arguments: Any) -> None:
         if self._tell is not None:
             self._tell(Event(name, {"server": self._server, "session": self.session, **arguments}))
+
+
+class Told:
+    """What has happened in a session on the event loop, until it is told where the task runs."""
+
+    def __init__(self, tell: Callable[[Event], object]) -> None:
+        self._tell = tell
+        self._events: deque[Event] = deque()
+
+    def note(self, event: Event) -> None:
+        """Keep what has happened. Runs on the event loop."""
+        self._events.append(event)
+
+    def tell(self) -> None:
+        """Tell what has happened, in order, and once. Runs in the thread of the task; of a coroutine, on the loop."""
+        while self._events:
+            try:
+                event = self._events.popleft()
+            except IndexError:  # another thread of the task has told it
+                return
+            self._tell(event)

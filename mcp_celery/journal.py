@@ -107,6 +107,7 @@ class Journal:
         self._owner = process_name(os.getpid()) + secrets.token_hex(8)
         self._entries: dict[int, Entry] = {}
         self._next = 0
+        self._entering = anyio.Lock()
         self._renewal: asyncio.Task[None] | None = None
         #: When the lease was renewed last, by two clocks.
         self._owned_at = (0.0, 0.0)
@@ -198,7 +199,11 @@ class Journal:
             SupersededError: Another execution has taken over.
             StoreError: The store does not answer; the call was not made.
         """
-        number, digest = self._next, digest_of(server, method, params)
+        async with self._entering:  # calls that are made at once are known by the order of their beginnings
+            return await self._enter(what, digest_of(server, method, params))
+
+    async def _enter(self, what: str, digest: str) -> tuple[Entry, bool]:
+        number = self._next
         entry = self._entries.get(number)
         if entry is not None and entry.failure is not None and entry.ended_in < self._attempt:
             # A retry is there to do better where the attempt before it has failed; not twice what may have run.
@@ -259,7 +264,7 @@ class Journal:
 
     def break_off(self, entry: Entry, failure: Mapping[str, Any]) -> None:
         """Keep how a call broke off, once the task makes another one: till then it can be continued."""
-        self._pending = {f"end:{entry.number}": self._ended(entry, failure, "broken")}
+        self._pending = {**self._pending, f"end:{entry.number}": self._ended(entry, failure, "broken")}
 
     def without_token(self, entry: Entry) -> Entry:
         """Return a call that is made anew: its server does not know the token any more."""
@@ -268,6 +273,9 @@ class Journal:
 
     async def withdraw(self, entry: Entry, failure: Mapping[str, Any]) -> None:
         """Forget a call that has not reached the server, unless the task makes another one after it."""
+        if entry.number + 1 < self._next:  # it has, at the same time
+            await self.finish(entry, failure, "failed")
+            return
         await self._cut(entry.number)
         self._entries[entry.number] = entry
         self._pending = {**_noted(entry), f"end:{entry.number}": self._ended(entry, failure, "failed")}
@@ -333,26 +341,37 @@ class Journal:
         return text
 
     async def _write(self, fields: Mapping[str, str]) -> None:
-        fields = {**self._pending, **fields}
-        if not await self._patiently(lambda: self._write_now(fields)):
+        pending = self._pending
+        if not await self._patiently(lambda: self._write_now({**pending, **fields})):
             raise self._superseded()
-        self._pending = {}
+        if self._pending is pending:  # else another call has broken off meanwhile
+            self._pending = {}
 
     async def has_lost_lease(self) -> bool:
         """Return whether another execution has taken over; where the store does not answer, that is not known.
 
         It is asked only where the lease may have lapsed since it was renewed.
         """
-        since_monotonic, since_wall = self._owned_at
-        # One of the two stops while a machine sleeps.
-        age = max(time.monotonic() - since_monotonic, time.time() - since_wall)
-        if not self.is_superseded and 0 <= age < LEASE_SECONDS / 2:
+        if not self.is_superseded and self._is_lease_fresh:
             return False
+        return await anyio.to_thread.run_sync(self.has_lost_lease_now)
+
+    def has_lost_lease_now(self) -> bool:
+        """Return what `has_lost_lease` does, without an await: where the store is asked, others on the loop wait."""
+        if self.is_superseded or self._is_lease_fresh:
+            return self.is_superseded
         try:
-            return self.is_superseded or not await self._in_thread(self._write_now, {})
+            return not self._write_now({})
         except (StoreError, JournalError) as exc:
             logger.debug("It is not known whether a lease was lost: %s", exc)
             return False
+
+    @property
+    def _is_lease_fresh(self) -> bool:
+        since_monotonic, since_wall = self._owned_at
+        # One of the two stops while a machine sleeps.
+        age = max(time.monotonic() - since_monotonic, time.time() - since_wall)
+        return 0 <= age < LEASE_SECONDS / 2
 
     def _write_now(self, fields: Mapping[str, str]) -> bool:
         now = time.monotonic(), time.time()

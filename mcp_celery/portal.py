@@ -36,6 +36,7 @@ class Caller:
 
     def __init__(self) -> None:
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._is_done = False
 
     def run(self, function: Callable[[], object]) -> None:
         """Have *function* run in the waiting thread, soon. Runs in the loop's thread; returns at once."""
@@ -43,6 +44,7 @@ class Caller:
 
     def done(self) -> None:
         """End `serve`, after everything that was asked for before."""
+        self._is_done = True  # `serve` may be interrupted once it has taken the None
         self._inbox.put(None)
 
     def serve(self) -> None:
@@ -60,8 +62,8 @@ class Caller:
         """Run nothing any more, and wait for `done`, *seconds* at most."""
         deadline = time.monotonic() + seconds
         with suppress(queue.Empty):
-            while self._inbox.get(timeout=max(0.0, deadline - time.monotonic())) is not None:
-                pass
+            while not self._is_done:
+                self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
 
 
 class Callers:
@@ -160,6 +162,15 @@ class Portal:
             raise
         return started[0].result()
 
+    def is_current(self) -> bool:
+        """Whether the calling thread is that of the loop, where to wait for the loop would be a deadlock."""
+        import asyncio  # noqa: PLC0415 - as above
+
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
+
     def on_close(self, function: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Have `await function()` run on the loop when the portal closes; the last added first."""
         self._on_close.append(function)
@@ -216,6 +227,12 @@ def close_portal() -> None:
 def is_running() -> bool:
     """Whether this process has a portal now."""
     return os.getpid() in _portals
+
+
+def is_on_loop() -> bool:
+    """Whether the calling thread runs the loop of this process."""
+    portal = _portals.get(os.getpid())
+    return portal is not None and portal.is_current()
 
 
 def in_loop_thread() -> bool:

@@ -527,7 +527,11 @@ class AsyncMCPSession:
         check: Check[R] | None = None,
     ) -> R:
         """Put a question to the server; of a durable task, by way of its journal. *check* may refuse the answer."""
-        with self._events.call(question.request.method, question.tool) as event, under_way(question.tool):
+        goes_on = self._durable is not None
+        with (
+            self._events.call(question.request.method, question.tool) as event,
+            under_way(question.tool, goes_on=goes_on),
+        ):
             if self._durable is not None:
                 result = await self._durable.put(question, timeout_seconds, check, event.note_replay)
             else:

@@ -1,22 +1,23 @@
 """`self.mcp`: the synchronous face of a session, for task functions."""
 
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from weakref import WeakKeyDictionary
 
+from .async_session import AwaitedSession
+from .events import Event, Told
 from .exceptions import ConfigurationError, SessionError
 from .portal import Caller, Callers, Portal, get_portal, in_loop_thread, is_green
+from .session_face import SessionFace
 
 if TYPE_CHECKING:
     import mcp_types as types
 
     from .asked import Asked
-    from .events import Event
     from .handle import SessionHandle
     from .journal import Journal
-    from .session import AsyncMCPSession, Call, Connections, Ledger, ProgressCallback
+    from .session import AsyncMCPSession, Connections, Ledger, ProgressCallback
     from .settings import JournalSettings, ServerSettings
     from .store import JournalStore
 
@@ -34,7 +35,7 @@ def new_session(
     ledger: "Ledger | None" = None,
     lost_at: float | None = None,
     journal: "Journal | None" = None,
-    tell: "Callable[[Event], object] | None" = None,
+    tell: Callable[[Event], object] | None = None,
     asked: "Asked | None" = None,
     callers: Callers | None = None,
 ) -> "MCPSession":
@@ -82,27 +83,6 @@ def new_journal(store: "JournalStore", task_id: str, attempt: int, settings: "Jo
     return SyncJournal(journal, get_portal())
 
 
-class Told:
-    """What has happened in a session on the event loop, until it is told in the thread of the task."""
-
-    def __init__(self, tell: "Callable[[Event], object]") -> None:
-        self._tell = tell
-        self._events: deque[Event] = deque()
-
-    def note(self, event: "Event") -> None:
-        """Keep what has happened. Runs on the event loop."""
-        self._events.append(event)
-
-    def tell(self) -> None:
-        """Tell what has happened, in order, and once. Runs in the thread of the task, perhaps in several."""
-        while self._events:
-            try:
-                event = self._events.popleft()
-            except IndexError:  # another thread has told it
-                return
-            self._tell(event)
-
-
 class SyncJournal:
     """The synchronous face of a `Journal`."""
 
@@ -120,10 +100,12 @@ class SyncJournal:
 
     def has_lost_lease(self) -> bool:
         """See `Journal.has_lost_lease`."""
+        if self._portal.is_current():  # `self.retry()` in a coroutine
+            return self.journal.has_lost_lease_now()
         return self._portal.call(self.journal.has_lost_lease)
 
 
-class MCPSession:
+class MCPSession(SessionFace):
     """An MCP session, opened or resumed at the first call. Methods and result types are those of the SDK's client.
 
     Each call waits, in the task's thread, for the process's event loop; see `AsyncMCPSession` for what each does.
@@ -138,7 +120,7 @@ class MCPSession:
         told: Told | None = None,
         callers: Callers | None = None,
     ) -> None:
-        self._session = session
+        super().__init__(session)
         self._portal = portal
         self._sibling = sibling
         self._told = told
@@ -150,66 +132,10 @@ class MCPSession:
             raise SessionError("This session stands alone: it belongs to no task with several servers")
         return self._sibling(server)
 
-    def __repr__(self) -> str:
-        return repr(self._session).replace("AsyncMCPSession", "MCPSession", 1)
-
     @property
-    def server(self) -> str:
-        """The server's name in `mcp_servers`, or its URL without credentials."""
-        return self._session.server
-
-    @property
-    def session_id(self) -> str | None:
-        """The server's `Mcp-Session-Id`, read live. A secret.
-
-        None before the session is open, after it was closed, detached or lost, and for a server without sessions.
-        """
-        return self._session.session_id
-
-    @property
-    def handle(self) -> "SessionHandle | None":
-        """What continues the session elsewhere; None before it is open and once it has ended."""
-        return self._session.handle
-
-    @property
-    def resumed(self) -> bool:
-        """Whether the session came with a handle, so another task opened it."""
-        return self._session.resumed
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the session was opened or resumed here and has not ended."""
-        return self._session.is_open
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether the server has lost the session."""
-        return self._session.is_lost
-
-    @property
-    def calls(self) -> "Sequence[Call]":
-        """The calls that this task has made; of many, the last."""
-        return self._session.calls
-
-    @property
-    def requests_sent(self) -> int:
-        """How many HTTP requests this task has sent to the server."""
-        return self._session.requests_sent
-
-    @property
-    def protocol_version(self) -> str | None:
-        """The negotiated protocol version; None before the session is open."""
-        return self._session.protocol_version
-
-    @property
-    def server_info(self) -> "types.Implementation | None":
-        """The server's name and version; None before the session is open, or where the server does not say."""
-        return self._session.server_info
-
-    @property
-    def server_capabilities(self) -> "types.ServerCapabilities | None":
-        """What the server offers; None before the session is open."""
-        return self._session.server_capabilities
+    def awaited(self) -> AwaitedSession:
+        """The asynchronous face of this session."""
+        return AwaitedSession(self._session, self._portal, lambda server: self[server].awaited, self._told)
 
     def open(self) -> None:
         """Open the session, or resume the one that was given. After its end, start a new one."""
@@ -225,11 +151,12 @@ class MCPSession:
 
     def end(self) -> None:
         """End the session at the server, for a task that has ended."""
-        self._call(self._session.end)
+        self._call_for_task(self._session.end)
 
     def release(self) -> None:
         """Drop this end without a word to the server. Calls raise from here on."""
-        self._call(self._session.release)
+        if not self._portal.is_current():  # there, nothing was opened
+            self._call_for_task(self._session.release)
 
     @overload
     def call_tool(
@@ -352,7 +279,19 @@ class MCPSession:
         if in_loop_thread():
             if is_green():
                 raise ConfigurationError("MCP tasks need threads: use the worker pool prefork, threads or solo")
-            raise SessionError("self.mcp waits for the event loop, so it cannot be used in a coroutine")
+            raise SessionError(
+                "self.mcp waits for the event loop, so it cannot be used in a coroutine: await self.amcp there, in a "
+                "task whose function is async def"
+            )
+        return self._wait(function, caller)
+
+    def _call_for_task(self, function: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Call what a task does when it ends. It may have been called in a coroutine, on another loop."""
+        if self._portal.is_current():
+            raise SessionError("A task that uses self.mcp was called on the event loop that it would have to wait for")
+        self._wait(function)
+
+    def _wait(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
         caller = caller or Caller()
         try:
             with self._callers.waiting(caller):

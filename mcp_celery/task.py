@@ -9,7 +9,9 @@ from celery import Task, current_task, uuid
 from celery.exceptions import TaskPredicate
 
 from . import lifecycle  # noqa: F401 - connects to Celery's signals
-from .exceptions import ConfigurationError, SessionHandleError
+from .async_session import NOT_HERE, AwaitedSession
+from .async_tasks import await_task, call_function, defer_eager, request_in_context
+from .exceptions import ConfigurationError, SessionError, SessionHandleError
 from .execution import Execution, execution_of
 from .handle import SessionHandle, server_name
 from .known_tasks import brought_by, canvas_of
@@ -31,6 +33,8 @@ class MCPTask(Task):
         @app.task(base=BrowserTask, bind=True)
         def open_page(self, url):
             self.mcp.call_tool("browser_navigate", {"url": url})
+
+    The function may be `async def`: `await self.amcp.call_tool(...)`. It runs on the event loop of the process.
 
     The handle of the session travels in the reserved keyword argument `mcp_session`. Give it yourself to continue a
     session that you keep: `step.s(x, mcp_session=handle)`. The function sees it only if it has such a parameter.
@@ -94,12 +98,38 @@ class MCPTask(Task):
             )
         return execution.first_session()
 
+    @property
+    def amcp(self) -> AwaitedSession:
+        """The same session for an `async def` function: with `await`.
+
+        Raises:
+            ConfigurationError: As `mcp`.
+            SessionError: This is not the event loop on which `async def` tasks run.
+        """
+        session = self.mcp.awaited
+        if not session.is_here():
+            raise SessionError(NOT_HERE)
+        return session
+
+    def _get_request(self) -> Any:
+        """Return the request of this execution; Celery knows it by thread, and coroutines share one."""
+        found = self.request_stack.top
+        if found is None:
+            found = request_in_context(self.name)
+        return super()._get_request() if found is None else found
+
+    request = property(_get_request)
+
     # -- Around it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Execute the task, for a worker or as a plain function call; then its sessions go on or end."""
         if not self.request.called_directly and execution_of(self.request) is None:
             return self._execute(args, kwargs)
+        awaited = await_task(self, partial(self._call_directly, args, kwargs))
+        return self._call_directly(args, kwargs) if awaited is None else awaited
+
+    def _call_directly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Called as a function, perhaps within another execution of this very task, whose request would be copied.
         given = Given(kwargs.pop(KEY, None))
         own = {"args": args, "kwargs": kwargs, "called_directly": True}
@@ -122,7 +152,7 @@ class MCPTask(Task):
         try:
             execution.begin()
             # Not super().__call__, which would push a second request. autoretry_for wraps run.
-            result = self.run(*args, **self._with_session(kwargs, execution))
+            result = call_function(self, args, self._with_session(kwargs, execution))
             execution.check()
             execution.succeed()
         except BaseException as exc:
@@ -140,7 +170,7 @@ class MCPTask(Task):
         self.request.mcp_execution = mapping
         try:
             mapping.begin_item()
-            result = self.run(*args, **self._with_session(kwargs, mapping))
+            result = call_function(self, args, self._with_session(kwargs, mapping))
             mapping.check()
         except BaseException as exc:
             if (instead := mapping.superseded_by(exc)) is not None:
@@ -211,6 +241,7 @@ class MCPTask(Task):
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Retry the task, as Celery does; the next attempt resumes the session of this one."""
+        defer_eager(self, partial(self.retry, *args, **kwargs))
         execution = execution_of(self.request)
         if execution is not None and (instead := execution.superseded_by(None)) is not None:
             raise instead
@@ -225,6 +256,7 @@ class MCPTask(Task):
 
         Celery has put into *sig* by now what followed this task, and the task IDs.
         """
+        defer_eager(self, partial(self.on_replace, sig))
         if (execution := execution_of(self.request)) is not None:
             execution.bind_replacement(sig)
         return super().on_replace(sig)

@@ -173,6 +173,19 @@ def test_coroutine_functions_answer_on_the_event_loop(recorded_peer, run):
     assert set(capabilities(recorder)) == {"sampling", "elicitation"}
 
 
+@pytest.mark.parametrize("base", [Answering, AnsweringOnTheLoop])
+def test_tasks_with_a_coroutine_function_are_asked_as_others_are(recorded_peer, run, base):
+    async def ask(self, threads):
+        model = await self.amcp.call_tool("ask_model", {"prompt": "whales"})
+        return text_of(model), text_of(await self.amcp.call_tool("ask_user", {"question": "why"}))
+
+    threads = []
+    model, user = run(recorded_peer("python").url, base, ask, threads=threads)
+    assert model.endswith("on whales")
+    assert user.startswith("accept: ")
+    assert set(threads) == ({threading.current_thread()} if base is Answering else set())
+
+
 def test_server_everything_offers_its_questions_to_a_task_that_answers(recorded_peer, run):
     recorder = recorded_peer("everything")
 

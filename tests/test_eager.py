@@ -4,6 +4,7 @@ import pytest
 from celery import Celery, chain, group
 
 from mcp_celery import MCPTask, SessionHandle
+from mcp_celery.eager import warn_of_eager
 from mcp_celery.testing import eager_sessions
 
 HANDSHAKE = ["POST initialize", "POST notifications/initialized"]
@@ -111,6 +112,7 @@ def test_a_detached_session_is_the_users_and_the_next_task_opens_another(app, re
 
 
 def test_outside_of_the_block_each_task_has_a_session_of_its_own_and_says_so_once(app, recorder, caplog):
+    warn_of_eager.cache_clear()
     t = app.tasks
     t["remember"].apply((1,))
     with pytest.raises(Exception, match="x"):

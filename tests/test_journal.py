@@ -4,6 +4,7 @@ A run of a task is a journal and a session here; the real processes, and how the
 `workers/test_durable.py`.
 """
 
+import asyncio
 import json
 import os
 import secrets
@@ -1508,3 +1509,45 @@ async def test_a_call_with_wrong_arguments_was_not_made_so_the_next_run_says_the
             # What comes after an error that the task has caught is another call than the journal would have.
             assert (await add(session, 1, 2)) == 3
     assert recorder.methods().count("POST tools/call") == 1
+
+
+# Calls that are made at once
+
+
+async def test_calls_that_are_made_at_once_are_known_again_in_the_order_of_their_beginnings(recorded_peer, running):
+    recorder = recorded_peer(*PLAIN)
+    calls = [(number, 1) for number in range(10)]
+    async with running(recorder.url) as session:
+        first = await asyncio.gather(*[add(session, *call) for call in calls])
+    async with running(recorder.url) as session:
+        again = await asyncio.gather(*[add(session, *call) for call in calls])
+    assert first == again == list(range(1, 11))
+    assert len(calls_in(recorder)) == 10
+
+
+async def test_of_calls_that_are_made_at_once_those_that_have_not_finished_are_made_again(recorded_peer, running):
+    recorder = recorded_peer(*PLAIN)
+    async with running(recorder.url) as session, asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(session.call_tool("slow_look", {"steps": 100, "seconds": 0.1}))
+        assert await tasks.create_task(add(session, 1, 2)) == 3
+        waiting.cancel()
+    assert calls_in(recorder) == ["slow_look", "add"]
+    async with running(recorder.url) as session:
+        steps = session.call_tool("slow_look", {"steps": 100, "seconds": 0.1}, timeout=0.2)
+        looked, added = await asyncio.gather(steps, add(session, 1, 2), return_exceptions=True)
+    assert isinstance(looked, TransportError)
+    assert added == 3
+    assert calls_in(recorder) == ["slow_look", "add", "slow_look"]
+
+
+async def test_calls_that_cannot_be_sent_at_once_fail_and_a_retry_makes_them(recorded_peer, running, nowhere):
+    recorder = recorded_peer(*PLAIN)
+    calls = [(number, 1) for number in range(3)]
+    async with running(recorder.url) as session:
+        await session.open()
+    async with running(nowhere) as session:
+        outcomes = await asyncio.gather(*[add(session, *call) for call in calls], return_exceptions=True)
+    assert [outcome.sent for outcome in outcomes] == [False, False, False]
+    async with running(recorder.url, attempt=1) as session:
+        assert await asyncio.gather(*[add(session, *call) for call in calls]) == [1, 2, 3]
+    assert len(calls_in(recorder)) == 3
