@@ -1,9 +1,9 @@
 """`self.amcp`: the asynchronous face of a session, for task functions that are coroutine functions."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from .events import Told
 from .exceptions import SessionError
@@ -71,6 +71,7 @@ class AwaitedSession(SessionFace):
         """End the session at the server."""
         await self._call(self._session.close)
 
+    @overload
     async def call_tool(
         self,
         name: str,
@@ -79,8 +80,40 @@ class AwaitedSession(SessionFace):
         timeout: float | None = None,  # noqa: ASYNC109 - it cancels at the server as well, and is the fixed name
         on_progress: "ProgressCallback | None" = None,
         raise_on_error: bool = True,
+        input_responses: Mapping[str, object] | None = None,
+        request_state: str | None = None,
+        allow_input_required: Literal[False] = False,
         check_arguments: bool = False,
-    ) -> "types.CallToolResult":
+    ) -> "types.CallToolResult": ...
+
+    @overload
+    async def call_tool(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it cancels at the server as well, and is the fixed name
+        on_progress: "ProgressCallback | None" = None,
+        raise_on_error: bool = True,
+        input_responses: Mapping[str, object] | None = None,
+        request_state: str | None = None,
+        allow_input_required: Literal[True],
+        check_arguments: bool = False,
+    ) -> "types.CallToolResult | types.InputRequiredResult": ...
+
+    async def call_tool(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it cancels at the server as well, and is the fixed name
+        on_progress: "ProgressCallback | None" = None,
+        raise_on_error: bool = True,
+        input_responses: Mapping[str, object] | None = None,
+        request_state: str | None = None,
+        allow_input_required: bool = False,
+        check_arguments: bool = False,
+    ) -> "types.CallToolResult | types.InputRequiredResult":
         """Call a tool and return its result.
 
         Args:
@@ -88,8 +121,11 @@ class AwaitedSession(SessionFace):
             arguments: Its arguments.
             timeout: Seconds for the whole call; then it is cancelled at the server and the session stays usable.
             on_progress: Called with `(progress, total, message)` for each progress notification; may be asynchronous.
-                What it raises ends the call.
+                What it raises ends the call. Without it, progress becomes the state of the task.
             raise_on_error: Raise `ToolError` where the tool answers `isError`; otherwise return that answer.
+            input_responses: Answers to an earlier `InputRequiredResult` of this call (MCP 2026-07-28), by its keys.
+            request_state: What that had as `request_state`.
+            allow_input_required: Return an `InputRequiredResult`, instead of having the task's methods answer it.
             check_arguments: Check the names of the arguments by the tool's input schema, before it is called.
 
         Raises:
@@ -100,13 +136,16 @@ class AwaitedSession(SessionFace):
             ConfigurationError: By *check_arguments*: there is no such tool, or it takes other arguments.
         """
         failed = _Failed()
-        call = partial(
+        call: Callable[[], Coroutine[Any, Any, types.CallToolResult | types.InputRequiredResult]] = partial(
             self._session.call_tool,
             name,
             arguments,
             timeout=timeout,
             on_progress=failed.unless(on_progress),
             raise_on_error=raise_on_error,
+            input_responses=input_responses,
+            request_state=request_state,
+            allow_input_required=allow_input_required,
             check_arguments=check_arguments,
         )
         return await self._call(call, failed)

@@ -18,7 +18,7 @@ import anyio
 from celery._state import pop_current_task, push_current_task
 
 from .exceptions import SessionError
-from .portal import CLEAN_UP_SECONDS, Portal, get_portal
+from .portal import CLEAN_UP_SECONDS, Caller, Callers, Portal, get_portal
 
 T = TypeVar("T")
 
@@ -67,7 +67,9 @@ def run_to_end(task: Any, coroutine: Coroutine[Any, Any, T]) -> T:
     run = CoroutineRun(task, task.request, coroutine)
     if (nested := _nested.get()) is not None:
         nested.run = run
-    outcome = _wait_for(run, portal)
+    execution = getattr(task.request, "mcp_execution", None)
+    # What servers ask of the task is run in this thread meanwhile.
+    outcome = _wait_for(run, portal, Callers() if execution is None else execution.callers)
     try:
         if outcome.error is not None:
             raise outcome.error
@@ -77,12 +79,14 @@ def run_to_end(task: Any, coroutine: Coroutine[Any, Any, T]) -> T:
         del outcome  # or its traceback refers to it
 
 
-def _wait_for(run: "CoroutineRun", portal: Portal) -> Outcome:
+def _wait_for(run: "CoroutineRun", portal: Portal, callers: Callers) -> Outcome:
     interruption: BaseException | None = None
     try:
         while True:
             try:
-                return portal.call(partial(run.go_on, interruption))
+                caller = Caller()
+                with callers.waiting(caller):
+                    return portal.call(partial(run.go_on, interruption), caller)
             except Exception as exc:
                 if interruption is not None and not run.has_gone_on:
                     raise  # the loop is gone

@@ -71,6 +71,8 @@ class Exchange:
             self._last_event_id, self.wire_id = read_token(token)
         self.ended = anyio.Event()
         self.is_answered = False
+        #: The ids of what the server has asked and waits for.
+        self.unanswered: set[RequestId] = set()
         self._session = session
         self._endpoint = session.endpoint
         self._metadata = metadata
@@ -93,6 +95,17 @@ class Exchange:
         """Stop reading the response: nobody waits for it."""
         self._is_given_up = True
         self._scope.cancel()
+
+    def asked(self, request_id: RequestId) -> None:
+        """The server waits for an answer of ours: the read timeout does not run meanwhile."""
+        self.unanswered.add(request_id)
+        self._heard()
+
+    def answered(self, request_id: RequestId) -> None:
+        """The server has its answer, or wants none any more."""
+        if request_id in self.unanswered:
+            self.unanswered.discard(request_id)
+            self._heard()
 
     async def run(self) -> bool:
         """Bring the answer, or the error that stands for it. Raises nothing.
@@ -123,7 +136,8 @@ class Exchange:
 
     def _heard(self) -> None:
         """The read timeout starts anew with each message of the response, progress among them."""
-        self._scope.deadline = anyio.current_time() + (self._endpoint.read_timeout_seconds or math.inf)
+        patience = math.inf if self.unanswered else self._endpoint.read_timeout_seconds or math.inf
+        self._scope.deadline = anyio.current_time() + patience
 
     # -- The request and its response
 
@@ -132,7 +146,10 @@ class Exchange:
         if self._session.lost is not None:
             raise self._session.lost
         try:
-            async with self._endpoint.stream("POST", headers=self._headers(), json=self._body()) as response:
+            # `run` bounds the silence: while the server waits for an answer of ours, it is not the server's.
+            async with self._endpoint.stream(
+                "POST", headers=self._headers(), json=self._body(), is_patient=True
+            ) as response:
                 if response.is_success and media_type(response) == "text/event-stream":
                     self._take_session_id(response)
                     await self._read_events(response)
@@ -211,7 +228,10 @@ class Exchange:
             self._last_event_id = event.id
             if self._window is not None:
                 self._window.deadline = anyio.current_time() + self._window_seconds
-            if self._metadata is not None and self._metadata.on_resumption_token_update is not None:
+            # Not past a request of the server that has no answer: who continues the response is to be asked again.
+            if self._metadata is None or self.unanswered:
+                return
+            if self._metadata.on_resumption_token_update is not None:
                 token = write_token(event.id, self.wire_id)
                 await self._tell_token(self._metadata.on_resumption_token_update, token)
 
@@ -283,7 +303,7 @@ class Exchange:
         if self._session.lost is not None:
             raise self._session.lost
         headers = {**self._session.headers(), "last-event-id": self._last_event_id or ""}
-        async with self._endpoint.stream("GET", headers=headers) as response:
+        async with self._endpoint.stream("GET", headers=headers, is_patient=True) as response:
             status = response.status_code
             if status == httpx2.codes.NOT_FOUND and self._session.is_loss(status, None):
                 raise self._session.lose(status)

@@ -11,24 +11,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import uuid
 from celery.exceptions import Ignore, Reject, Retry
+from celery.utils.log import get_task_logger
 
 from .eager import shared_now, warn_of_eager
 from .events import Event
 from .exceptions import HAS_TAKEN_OVER, ConfigurationError, MCPCeleryError, StoreError, SupersededError
 from .handle import SessionHandle, server_name
 from .known_tasks import journal_id, of_server, settings_of, settings_of_journal, warn_of_store
-from .portal import is_on_loop
+from .portal import Callers, is_on_loop
+from .progress import TaskProgress, has_state
 from .redis_store import get_store
-from .settings import Conf, JournalSettings, server_settings
+from .settings import Conf, JournalSettings, log_level, progress_interval_seconds, server_settings
 from .signals import send
 from .store import Change, Leaving, Standing, Store
 from .sync_session import MCPSession, SyncJournal, new_journal, new_session
 from .workflow import Ahead, Canvas, Carried, Signature, bind, carried
+
+if TYPE_CHECKING:
+    from .asked import Asked
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +94,9 @@ class Execution:
         self._given = {server: handle for server, (_, handle) in (self._eager or {}).items()}
         self._given |= {handle.server: handle for handle in brought.all}
         self._sessions: dict[str, MCPSession] = {}
+        #: The threads that wait for calls of this execution: this one, as a rule.
+        self.callers = Callers()
+        self._asked: Asked | None = None
         #: By key: the sessions that have this execution among their holders, as far as it knows.
         self._held = {handle.key: handle for handle in brought.handles}
         self._brought = {handle.key for handle in brought.all}
@@ -238,9 +246,42 @@ class Execution:
             lost_at = None if handle is None else self._lost_at(handle, settings.keepalive_seconds)
             journal = None if self._journal is None else self._journal.journal
             self._sessions[settings.name] = new_session(
-                settings, handle, self.session, ledger=self, lost_at=lost_at, journal=journal, tell=self._signal
+                settings,
+                handle,
+                self.session,
+                ledger=self,
+                lost_at=lost_at,
+                journal=journal,
+                asked=self.asked(),
+                callers=self.callers,
+                tell=self._signal,
             )
         return self._sessions[settings.name]
+
+    def asked(self) -> "Asked":
+        """Return what answers the servers of this execution, and takes what they tell.
+
+        Raises:
+            ConfigurationError: A setting is wrong.
+        """
+        from .asked import Asked, current_call  # noqa: PLC0415 - publishing a task must not load the MCP SDK
+
+        if self._asked is None:
+            task, request = self._task, self._request
+            level = log_level(self._conf, task.mcp_log_level)
+            interval_seconds = progress_interval_seconds(self._conf)
+            progress = None
+            if interval_seconds is not None and has_state(task, request):
+                progress = TaskProgress(
+                    task,
+                    request,
+                    self.callers,
+                    interval_seconds=interval_seconds,
+                    current_call=current_call,
+                    is_superseded=lambda: self._journal is not None and self._journal.has_lost_lease(),
+                )
+            self._asked = Asked(task, self.callers, get_task_logger(task.name), progress=progress, log_level=level)
+        return self._asked
 
     def given_handle(self) -> SessionHandle | None:
         """Return what a function with a parameter `mcp_session` gets: the handle for its server, if one came."""

@@ -102,9 +102,9 @@ class Endpoint:
 
     @asynccontextmanager
     async def stream(
-        self, method: str, *, headers: Mapping[str, str], json: Any = None
+        self, method: str, *, headers: Mapping[str, str], json: Any = None, is_patient: bool = False
     ) -> AsyncGenerator[httpx2.Response]:
-        """Send a request and yield the response, its body unread.
+        """Send a request and yield the response, its body unread. Silence is no error where this *is_patient*.
 
         A redirect is followed where it stays at the same origin and keeps the method, and remembered: everything on
         a request was meant for this endpoint.
@@ -115,7 +115,7 @@ class Endpoint:
         """
         response = None
         try:
-            response = await self._send(method, headers, json)
+            response = await self._send(method, headers, json, is_patient=is_patient)
             yield response
         except httpx2.HTTPError as exc:
             # The cause of an illegal header shows the header.
@@ -124,10 +124,15 @@ class Endpoint:
             if response is not None:
                 await response.aclose()
 
-    async def _send(self, method: str, headers: Mapping[str, str], json: Any) -> httpx2.Response:
+    async def _send(self, method: str, headers: Mapping[str, str], json: Any, *, is_patient: bool) -> httpx2.Response:
+        timeout = httpx2.Timeout(self._client.timeout)
+        if is_patient:
+            timeout.read = None
         for _ in range(MAX_REDIRECTS):
             try:
-                request = self._client.build_request(method, self._url, headers=dict(headers), json=json)
+                request = self._client.build_request(
+                    method, self._url, headers=dict(headers), json=json, timeout=timeout
+                )
             except ValueError as exc:  # half of a surrogate pair in a text, for instance
                 # Without the cause, which holds the text.
                 why = f"was not asked: the request cannot be written ({type(exc).__name__})"

@@ -11,8 +11,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -84,6 +85,57 @@ class Caller:
         with suppress(queue.Empty):
             while not self._is_done:
                 self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+
+
+class Callers:
+    """The threads that wait for the loop on behalf of one task, and what is to be run in one of them.
+
+    Belongs to the thread that makes it. That one goes first; of several calls within each other, the innermost. There
+    is no lock: who adds something looks only then for the other side, so one of the two sees it.
+    """
+
+    def __init__(self) -> None:
+        self._owner = threading.get_ident()
+        self._waiting: list[tuple[int, Caller]] = []
+        self._jobs: deque[Callable[[], object]] = deque()
+
+    @contextmanager
+    def waiting(self, caller: Caller) -> Iterator[None]:
+        """While this thread waits: have *caller* run what there is to run, also what was left over before."""
+        entry = threading.get_ident(), caller
+        try:  # here: an interruption may come at any place
+            self._waiting.append(entry)
+            self._wake()
+            yield
+        finally:
+            with suppress(ValueError):
+                self._waiting.remove(entry)
+            self._wake()
+
+    @property
+    def are_waiting(self) -> bool:
+        """Whether a thread waits now."""
+        return bool(self._waiting)
+
+    def run(self, job: Callable[[], object]) -> None:
+        """Have *job* run in a thread that waits, soon; where none does, as soon as one does. Returns at once."""
+        self._jobs.append(job)
+        self._wake()
+
+    def _wake(self) -> None:
+        waiting = list(self._waiting)
+        own = [entry for entry in waiting if entry[0] == self._owner]
+        if waiting and self._jobs:
+            _, caller = (own or waiting)[-1]
+            caller.run(self._work)
+
+    def _work(self) -> None:
+        while self._jobs:
+            try:
+                job = self._jobs.popleft()
+            except IndexError:  # another thread took it
+                return
+            job()
 
 
 class Portal:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, overload
 
 import anyio
 import httpx2
@@ -26,6 +26,7 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from pydantic import BaseModel, ValidationError
 
 from ._version import __version__
+from .asked import Asked, belong_to_no_call, declines, under_way
 from .durable import MAX_PAGES, Check, DurableCalls, Question
 from .events import Event, Events, Why
 from .exceptions import (
@@ -88,6 +89,17 @@ class Call(NamedTuple):
     at: float
     seconds: float
     ok: bool
+
+
+class _ToolAnswer(types.CallToolResult):
+    """Reads either answer to a call of a tool."""
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> types.Result:  # type: ignore[override]  # it is either
+        """Return the `CallToolResult` or the `InputRequiredResult` in *obj*."""
+        is_asking = isinstance(obj, Mapping) and obj.get("resultType") == "input_required"
+        answer: type[types.Result] = types.InputRequiredResult if is_asking else types.CallToolResult
+        return answer.model_validate(obj, **options)
 
 
 class Shared(NamedTuple):
@@ -153,6 +165,7 @@ class AsyncMCPSession:
         lost_at: float | None = None,
         journal: Journal | None = None,
         tell: Callable[[Event], object] | None = None,
+        asked: Asked | None = None,
     ) -> None:
         if handle is not None and handle.server != settings.name:
             raise SessionHandleError(
@@ -165,6 +178,7 @@ class AsyncMCPSession:
         self._journal = journal
         self._durable = None if journal is None else DurableCalls(self, journal)
         self._events = Events(settings.name, tell)
+        self._asked = asked
         #: When somebody else has found the given session to be lost, in seconds since the epoch.
         self._lost_at = lost_at
         #: The calls made so far; of many, the last.
@@ -289,7 +303,23 @@ class AsyncMCPSession:
                 await self._tell("opened", self.handle)
                 if self._journal is not None and self.handle is not None:
                     await self._journal.note_session(self.handle)
+                await self._ask_for_logs()
             return self.handle
+
+    async def _ask_for_logs(self) -> None:
+        """Tell the server of a new session which of its logs are wanted; in the stateless era, each request does."""
+        level = self._asked.log_level if self._asked is not None else None
+        client = self.client
+        if level is None or client.server_capabilities.logging is None:
+            return
+        if client.protocol_version in MODERN_PROTOCOL_VERSIONS:
+            return
+        request = types.SetLevelRequest(params=types.SetLevelRequestParams(level=level))
+        try:
+            with anyio.fail_after(LISTING_SECONDS):
+                await client.session.send_request(request, types.EmptyResult)
+        except (MCPError, ValidationError, TimeoutError) as exc:
+            logger.debug("Server %r takes no log level (%s)", self.server, type(exc).__name__)
 
     async def detach(self) -> SessionHandle:
         """Leave the session alive at the server and disown it: return its handle. The task will not close it.
@@ -383,6 +413,7 @@ class AsyncMCPSession:
             raise SessionError(f"The session of server {self.server!r} is not open; await open() first")
         return self._client
 
+    @overload
     async def call_tool(
         self,
         name: str,
@@ -391,8 +422,40 @@ class AsyncMCPSession:
         timeout: float | None = None,  # noqa: ASYNC109 - it cancels at the server as well, and is the fixed name
         on_progress: ProgressCallback | None = None,
         raise_on_error: bool = True,
+        input_responses: Mapping[str, object] | None = None,
+        request_state: str | None = None,
+        allow_input_required: Literal[False] = False,
         check_arguments: bool = False,
-    ) -> types.CallToolResult:
+    ) -> types.CallToolResult: ...
+
+    @overload
+    async def call_tool(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it cancels at the server as well, and is the fixed name
+        on_progress: ProgressCallback | None = None,
+        raise_on_error: bool = True,
+        input_responses: Mapping[str, object] | None = None,
+        request_state: str | None = None,
+        allow_input_required: Literal[True],
+        check_arguments: bool = False,
+    ) -> types.CallToolResult | types.InputRequiredResult: ...
+
+    async def call_tool(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it cancels at the server as well, and is the fixed name
+        on_progress: ProgressCallback | None = None,
+        raise_on_error: bool = True,
+        input_responses: Mapping[str, object] | None = None,
+        request_state: str | None = None,
+        allow_input_required: bool = False,
+        check_arguments: bool = False,
+    ) -> types.CallToolResult | types.InputRequiredResult:
         """Call a tool.
 
         Args:
@@ -401,6 +464,9 @@ class AsyncMCPSession:
             timeout: Seconds for the whole call; then it is cancelled at the server and the session stays usable.
             on_progress: Called with `(progress, total, message)` for each progress notification.
             raise_on_error: Raise `ToolError` where the tool answers `isError`; otherwise return that answer.
+            input_responses: Answers to an earlier `InputRequiredResult` of this call (MCP 2026-07-28), by its keys.
+            request_state: What that had as `request_state`.
+            allow_input_required: Return an `InputRequiredResult`, instead of having the task's methods answer it.
             check_arguments: Check the names of the arguments by the tool's input schema, before it is called.
 
         Raises:
@@ -408,25 +474,49 @@ class AsyncMCPSession:
             ConfigurationError: By *check_arguments*: there is no such tool, or it takes other arguments.
         """
         report = _as_coroutine(on_progress)
+        if report is None and self._asked is not None:
+            report = self._asked.progress_of(name)
 
-        request = types.CallToolRequest(params=types.CallToolRequestParams(name=name, arguments=arguments))
+        # Answers may be written as JSON has them.
+        params = types.CallToolRequestParams.model_validate(
+            {
+                "name": name,
+                "arguments": arguments,
+                "inputResponses": input_responses,
+                "requestState": request_state,
+            }
+        )
+        request = types.CallToolRequest(params=params)
 
-        async def call(client: Client, metadata: ClientMessageMetadata | None) -> types.CallToolResult:
+        async def call(client: Client, metadata: ClientMessageMetadata | None) -> types.Result:
             if check_arguments and not (metadata and metadata.resumption_token):
                 await self._check_arguments(client, name, arguments or {})
-            if client.protocol_version in MODERN_PROTOCOL_VERSIONS:
-                # Here the SDK has more to do: headers by the input schema, and rounds of input.
-                return await client.call_tool(name, arguments, progress_callback=report)
-            return await client.session.send_request(
-                request, types.CallToolResult, metadata=metadata, progress_callback=report
+            if client.protocol_version not in MODERN_PROTOCOL_VERSIONS:
+                return await client.session.send_request(
+                    request, types.CallToolResult, metadata=metadata, progress_callback=report
+                )
+            if allow_input_required:
+                return await _one_round(client, params, report)
+            # Here the SDK has more to do: headers by the input schema, and rounds of input.
+            return await client.call_tool(
+                name,
+                arguments,
+                progress_callback=report,
+                input_responses=params.input_responses,
+                request_state=request_state,
             )
 
-        async def check(result: types.CallToolResult) -> None:
-            if not result.is_error and self.protocol_version not in MODERN_PROTOCOL_VERSIONS:
-                await self._check_output(self.client, name, result)
+        async def check(result: types.Result) -> None:
+            is_good = isinstance(result, types.CallToolResult) and not result.is_error
+            if is_good and self.protocol_version not in MODERN_PROTOCOL_VERSIONS:
+                await self._check_output(self.client, name, cast("types.CallToolResult", result))
 
-        question = Question(f"tool {name!r}", request, types.CallToolResult, call, name)
-        result = await self._put(question, timeout, check if raise_on_error else None)
+        answer: type[types.Result] = _ToolAnswer
+        question = Question(f"tool {name!r}", request, answer, call, name)
+        put = await self._put(question, timeout, check if raise_on_error else None)
+        if isinstance(put, types.InputRequiredResult):
+            return put
+        result = cast("types.CallToolResult", put)
         if raise_on_error and result.is_error:
             raise ToolError(_text_of(result) or f"Tool {name!r} failed", name, result.structured_content)
         return result
@@ -438,15 +528,19 @@ class AsyncMCPSession:
         check: Check[R] | None = None,
     ) -> R:
         """Put a question to the server; of a durable task, by way of its journal. *check* may refuse the answer."""
-        with self._events.call(question.request.method, question.tool) as under_way:
+        goes_on = self._durable is not None
+        with (
+            self._events.call(question.request.method, question.tool) as event,
+            under_way(question.tool, goes_on=goes_on),
+        ):
             if self._durable is not None:
-                result = await self._durable.put(question, timeout_seconds, check, under_way.note_replay)
+                result = await self._durable.put(question, timeout_seconds, check, event.note_replay)
             else:
                 result = await self.ask(question.what, lambda client: question.call(client, None), timeout_seconds)
                 if check is not None:
                     await check(result)
             if isinstance(result, types.CallToolResult) and result.is_error:
-                under_way.error = ToolError.__name__
+                event.error = ToolError.__name__
         return result
 
     async def _get(self, method: str, call: Callable[[Client], Awaitable[T]]) -> T:
@@ -643,19 +737,26 @@ class AsyncMCPSession:
         url, client, listings = self._connections.of(self._settings)
         cookies = self._given.cookies if self._given is not None else None
         endpoint = Endpoint(url, client, name=self.server, cookies=cookies)
-        return ResumableHTTPTransport(endpoint, handle=self._given, listings=listings, listen=self._settings.listen)
+        return ResumableHTTPTransport(
+            endpoint,
+            handle=self._given,
+            listings=listings,
+            listen=self._settings.listen,
+            declines=declines() if self._asked is None else self._asked.declines(),
+        )
 
     def _new_client(self, transport: ResumableHTTPTransport) -> Client:
         """Return the SDK's client in the mode that asks the server least."""
+        asked = {} if self._asked is None else self._asked.callbacks(self.server, lambda: transport.session_id)
         if self._given is None:
-            return Client(transport, client_info=_CLIENT_INFO)
+            return Client(transport, client_info=_CLIENT_INFO, **asked)
         if not self._given.is_stateless_era:
-            return Client(transport, client_info=_CLIENT_INFO, mode="legacy")
+            return Client(transport, client_info=_CLIENT_INFO, mode="legacy", **asked)
         discovered = types.DiscoverResult.model_validate(dict(self._given.negotiated), by_name=False)
         mode = next(
             version for version in reversed(MODERN_PROTOCOL_VERSIONS) if version in discovered.supported_versions
         )
-        return Client(transport, client_info=_CLIENT_INFO, mode=mode, prior_discover=discovered)
+        return Client(transport, client_info=_CLIENT_INFO, mode=mode, prior_discover=discovered, **asked)
 
     async def _enter(self) -> None:
         """Enter the client in a task of its own, which also leaves it: the SDK's scopes may not change tasks."""
@@ -665,6 +766,7 @@ class AsyncMCPSession:
         entered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         async def own() -> None:
+            belong_to_no_call()
             try:
                 async with client:
                     entered.set_result(None)
@@ -738,6 +840,31 @@ def _as_coroutine(callback: ProgressCallback | None) -> ProgressFnT | None:
 
 def _short_id(handle: SessionHandle | None) -> str | None:
     return None if handle is None else handle.short_id
+
+
+async def _one_round(
+    client: Client, params: types.CallToolRequestParams, report: ProgressFnT | None
+) -> types.CallToolResult | types.InputRequiredResult:
+    """Call a tool once, and leave it to the caller to answer what the server asks back (MCP 2026-07-28)."""
+
+    async def send() -> types.CallToolResult | types.InputRequiredResult:
+        return await client.session.call_tool(
+            params.name,
+            params.arguments,
+            progress_callback=report,
+            input_responses=params.input_responses,
+            request_state=params.request_state,
+            allow_input_required=True,
+        )
+
+    try:
+        return await send()
+    except MCPError as exc:
+        if exc.code != types.HEADER_MISMATCH:
+            raise
+        # As the SDK's client does it: the listing has the schema by which the headers of the call are made.
+        await client.list_tools(cache_mode="refresh")
+        return await send()
 
 
 def _text_of(result: types.CallToolResult) -> str:

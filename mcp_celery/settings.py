@@ -113,6 +113,9 @@ _REDIS_SCHEMES = {
     "sentinel": "sentinel",
 }
 
+#: RFC 5424, as MCP 2025-11-25 has them.
+LOG_LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
+
 _OPTIONS = tuple(option.name for option in fields(ServerSettings) if option.name != "name")
 
 
@@ -209,6 +212,36 @@ def journal_settings(conf: Conf, durable: object, on_interrupted: object) -> Jou
     return JournalSettings(
         keeps_over_retries=durable is True, calls_again=on_interrupted == "call-again", max_result_bytes=most
     )
+
+
+def progress_interval_seconds(conf: Conf) -> float | None:
+    """Return how often progress may go into the state of a task, or None where it does not at all.
+
+    Raises:
+        ConfigurationError: It is neither a number of seconds nor None or False.
+    """
+    value = conf.get("mcp_progress_interval_seconds", 1.0)
+    if value is None or value is False:
+        return None
+    return _number(conf, "mcp_progress_interval_seconds", 1.0, least=0)
+
+
+def log_level(conf: Conf, level: object) -> Any:
+    """Return the level of logs that servers are asked for, or None where they are not asked.
+
+    Args:
+        conf: `app.conf`, with the setting `mcp_log_level`.
+        level: The option `mcp_log_level` of the task; None where it has none.
+
+    Raises:
+        ConfigurationError: It is no level of MCP.
+    """
+    level = conf.get("mcp_log_level") if level is None else level
+    if level is None:
+        return None
+    if not isinstance(level, str) or level.lower() not in LOG_LEVELS:
+        raise ConfigurationError(f"mcp_log_level is one of {', '.join(LOG_LEVELS)}, not {level!r}")
+    return level.lower()
 
 
 def _redis_url(written: object) -> str | None:

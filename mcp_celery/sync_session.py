@@ -1,19 +1,20 @@
 """`self.mcp`: the synchronous face of a session, for task functions."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 from .async_session import AwaitedSession
 from .events import Event, Told
 from .exceptions import SessionError
-from .portal import Caller, Portal, get_portal, in_loop_thread
+from .portal import Caller, Callers, Portal, get_portal, in_loop_thread
 from .session_face import SessionFace
 
 if TYPE_CHECKING:
     import mcp_types as types
 
+    from .asked import Asked
     from .handle import SessionHandle
     from .journal import Journal
     from .session import AsyncMCPSession, Connections, Ledger, ProgressCallback
@@ -35,10 +36,13 @@ def new_session(
     lost_at: float | None = None,
     journal: "Journal | None" = None,
     tell: Callable[[Event], object] | None = None,
+    asked: "Asked | None" = None,
+    callers: Callers | None = None,
 ) -> "MCPSession":
     """Return a session on this process's event loop, which starts at the first use. Sends nothing.
 
-    *tell* is called with what happens in the session, in the thread that uses it.
+    *tell* is called with what happens in the session, in the thread that uses it. What the server asks while a call is
+    under way goes to *asked*, by way of the *callers* that it knows.
 
     Raises:
         SessionHandleError: The handle is of another server.
@@ -58,9 +62,10 @@ def new_session(
         ledger=ledger,
         lost_at=lost_at,
         journal=journal,
+        asked=asked,
         tell=None if told is None else told.note,
     )
-    return MCPSession(session, portal, sibling, told)
+    return MCPSession(session, portal, sibling, told, callers)
 
 
 def new_journal(store: "JournalStore", task_id: str, attempt: int, settings: "JournalSettings") -> "SyncJournal":
@@ -113,11 +118,13 @@ class MCPSession(SessionFace):
         portal: Portal,
         sibling: "Callable[[str], MCPSession] | None" = None,
         told: Told | None = None,
+        callers: Callers | None = None,
     ) -> None:
         super().__init__(session)
         self._portal = portal
         self._sibling = sibling
         self._told = told
+        self._callers = callers or Callers()
 
     def __getitem__(self, server: str) -> "MCPSession":
         """Return the session of another server of the task, by its name."""
@@ -151,6 +158,7 @@ class MCPSession(SessionFace):
         if not self._portal.is_current():  # there, nothing was opened
             self._call_for_task(self._session.release)
 
+    @overload
     def call_tool(
         self,
         name: str,
@@ -159,8 +167,40 @@ class MCPSession(SessionFace):
         timeout: float | None = None,
         on_progress: "ProgressCallback | None" = None,
         raise_on_error: bool = True,
+        input_responses: "Mapping[str, object] | None" = None,
+        request_state: str | None = None,
+        allow_input_required: Literal[False] = False,
         check_arguments: bool = False,
-    ) -> "types.CallToolResult":
+    ) -> "types.CallToolResult": ...
+
+    @overload
+    def call_tool(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        on_progress: "ProgressCallback | None" = None,
+        raise_on_error: bool = True,
+        input_responses: "Mapping[str, object] | None" = None,
+        request_state: str | None = None,
+        allow_input_required: Literal[True],
+        check_arguments: bool = False,
+    ) -> "types.CallToolResult | types.InputRequiredResult": ...
+
+    def call_tool(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        on_progress: "ProgressCallback | None" = None,
+        raise_on_error: bool = True,
+        input_responses: "Mapping[str, object] | None" = None,
+        request_state: str | None = None,
+        allow_input_required: bool = False,
+        check_arguments: bool = False,
+    ) -> "types.CallToolResult | types.InputRequiredResult":
         """Call a tool and return its result.
 
         Args:
@@ -168,7 +208,11 @@ class MCPSession(SessionFace):
             arguments: Its arguments.
             timeout: Seconds for the whole call; then it is cancelled at the server and the session stays usable.
             on_progress: Called with `(progress, total, message)` for each progress notification, in this thread.
+                Without it, progress becomes the state of the task.
             raise_on_error: Raise `ToolError` where the tool answers `isError`; otherwise return that answer.
+            input_responses: Answers to an earlier `InputRequiredResult` of this call (MCP 2026-07-28), by its keys.
+            request_state: What that had as `request_state`.
+            allow_input_required: Return an `InputRequiredResult`, instead of having the task's methods answer it.
             check_arguments: Check the names of the arguments by the tool's input schema, before it is called.
 
         Raises:
@@ -184,13 +228,16 @@ class MCPSession(SessionFace):
             if on_progress is not None:
                 caller.run(partial(on_progress, progress, total, message))
 
-        call = partial(
+        call: Callable[[], Coroutine[Any, Any, types.CallToolResult | types.InputRequiredResult]] = partial(
             self._session.call_tool,
             name,
             arguments,
             timeout=timeout,
             on_progress=report if on_progress is not None else None,
             raise_on_error=raise_on_error,
+            input_responses=input_responses,
+            request_state=request_state,
+            allow_input_required=allow_input_required,
             check_arguments=check_arguments,
         )
         return self._call(call, caller)
@@ -243,8 +290,10 @@ class MCPSession(SessionFace):
         self._wait(function)
 
     def _wait(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
+        caller = caller or Caller()
         try:
-            return self._portal.call(function, caller)
+            with self._callers.waiting(caller):
+                return self._portal.call(function, caller)
         finally:
             if self._told is not None:
                 self._told.tell()

@@ -38,6 +38,15 @@ class MCPTask(Task):
 
     The handle of the session travels in the reserved keyword argument `mcp_session`. Give it yourself to continue a
     session that you keep: `step.s(x, mcp_session=handle)`. The function sees it only if it has such a parameter.
+
+    A class may define what answers its servers while a call is under way. Servers are told of those methods that are
+    defined when the session is opened; what there is no method for is declined. They run in the task's thread, and on
+    the event loop where they are coroutine functions. What they raise ends the call; an `MCPError` is an answer.
+
+        def on_sampling(self, params):      # CreateMessageRequestParams -> CreateMessageResult, a text, or None
+        def on_elicitation(self, params):   # ElicitRequestFormParams or ...URLParams -> ElicitResult, a dict, or None
+        def on_list_roots(self):            # -> ListRootsResult, or a list of Roots, file:// URIs and paths
+        def on_log(self, params):           # LoggingMessageNotificationParams; without it, the task's logger gets them
     """
 
     abstract = True
@@ -53,6 +62,9 @@ class MCPTask(Task):
     #: What becomes of a call that may have run and cannot be continued: "raise" (`CallInterruptedError`), or
     #: "call-again". None: as the setting says.
     mcp_on_interrupted: Literal["raise", "call-again"] | None = None
+
+    #: Which logs servers are asked for: "debug", "info", ... None: as the setting `mcp_log_level` says.
+    mcp_log_level: str | None = None
 
     # Keeps handles out of what `celery inspect` and a result of a lost worker show.
     Request = "mcp_celery.worker:MCPRequest"

@@ -9,11 +9,13 @@ What it does beyond the SDK's own (MCP 2025-11-25, Transports; each point is a w
 * A lost session is told by the HTTP status and becomes `SessionLostError`.
 * A response stream that breaks off is continued with `GET` and `Last-Event-ID`, a bounded number of times.
 * Event streams are read to their end, so that the connection can be used again.
+* What a server asks the client while a call is under way is answered in the context of that call.
 * Leaving it keeps the session alive; `terminate` ends it.
 
 It knows neither Celery nor Redis.
 """
 
+import contextvars
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Mapping
@@ -27,15 +29,19 @@ import httpx2
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from mcp.shared.message import ClientMessageMetadata, SessionMessage
 from mcp_types import (
+    CONNECTION_CLOSED,
+    HEADER_MISMATCH,
     INVALID_REQUEST,
     METHOD_NOT_FOUND,
     UNSUPPORTED_PROTOCOL_VERSION,
+    ErrorData,
     JSONRPCError,
     JSONRPCMessage,
     JSONRPCNotification,
     JSONRPCRequest,
     JSONRPCResponse,
     RequestId,
+    Result,
 )
 from mcp_types.version import LATEST_MODERN_VERSION
 
@@ -78,20 +84,25 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         handle: SessionHandle | None = None,
         listings: ToolListings | None = None,
         listen: bool = False,
+        declines: Mapping[str, ErrorData | Result] | None = None,
         owned_client: httpx2.AsyncClient | None = None,
     ) -> None:
         self._session = RemoteSession(endpoint, handle)
         self._endpoint = endpoint
         self._listings = listings
         self._listen = listen
+        #: The answers to requests of the server that go no further, by method.
+        self._declines = declines or {}
         self._owned_client = owned_client
         #: Set when the server refuses the handshake: then, and only then, `server/discover` is let through.
         self._may_discover = False
         #: From when on, by the loop's clock, the server is told of requests that are given up.
         self.cancels_from = 0.0
+        #: What the server has asked during calls that were given up here and go on at the server.
+        self._left: set[RequestId] = set()
         self._prefix = secrets.token_hex(6)
         self._exchanges: dict[RequestId, Exchange] = {}
-        self._inbox: MemoryObjectSendStream[SessionMessage | Exception] | None = None
+        self._inbox: MemoryObjectSendStream[_Envelope] | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
         self._connected: AbstractAsyncContextManager[Any] | None = None
 
@@ -158,7 +169,7 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
 
     # -- The SDK's side: two streams
 
-    async def __aenter__(self) -> tuple[MemoryObjectReceiveStream[SessionMessage | Exception], "_Outbox"]:
+    async def __aenter__(self) -> tuple["_Incoming", "_Outbox"]:
         self._connected = self._connection()
         return await self._connected.__aenter__()
 
@@ -172,8 +183,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
     @asynccontextmanager
     async def _connection(
         self,
-    ) -> AsyncGenerator[tuple[MemoryObjectReceiveStream[SessionMessage | Exception], "_Outbox"]]:
-        inbox, receive = anyio.create_memory_object_stream[SessionMessage | Exception](_BUFFERED_MESSAGES)
+    ) -> AsyncGenerator[tuple["_Incoming", "_Outbox"]]:
+        inbox, receive = anyio.create_memory_object_stream[_Envelope](_BUFFERED_MESSAGES)
         async with (
             self._owned_client or nullcontext(),
             receive,
@@ -182,7 +193,7 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         ):
             self._inbox, self._tasks = inbox, tasks
             try:
-                yield receive, _Outbox(self)
+                yield _Incoming(receive), _Outbox(self)
             finally:
                 self._inbox = self._tasks = None
                 with anyio.move_on_after(DRAIN_SECONDS, shield=True):
@@ -209,6 +220,10 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
                 self._start_listening()
             case JSONRPCNotification(method="notifications/cancelled") as notification:
                 await self._cancel(notification)
+            case JSONRPCError() as refusal if self._is_for_others(refusal):
+                pass
+            case JSONRPCResponse() | JSONRPCError() as answer:
+                await self._answer(answer)
             case message:
                 await self._post_one_way(message, metadata)
                 if isinstance(message, JSONRPCNotification) and message.method == "notifications/initialized":
@@ -218,7 +233,7 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         if self._inbox is None:
             return
         try:
-            await self._inbox.send(SessionMessage(message))
+            await self._inbox.send((contextvars.copy_context(), SessionMessage(message)))
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             logger.debug("A message of server %r came after the session object was left", self._endpoint.name)
 
@@ -273,12 +288,16 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
             case JSONRPCResponse():
                 self._keep(exchange.request, message.result)
             case JSONRPCError():
+                if message.error.code == HEADER_MISMATCH and self._listings is not None:
+                    self._listings.drop()  # the SDK lists the tools anew, and is to see what has changed
                 message = self._hint_at_discovery(exchange.request, message)
             case JSONRPCNotification() if is_progress(message):
                 message = self._with_known_token(exchange, message)
+            case JSONRPCRequest():
+                exchange.asked(message.id)
             case _:
                 self._note_change(message)
-        await self._deliver(message)
+        await self._deliver_or_decline(message)
 
     def _keep(self, request: JSONRPCRequest, result: dict[str, Any]) -> None:
         match request.method:
@@ -288,8 +307,11 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
                 self._listings.put((request.params or {}).get("cursor"), result)
 
     def _note_change(self, message: JSONRPCMessage) -> None:
-        if self._listings is not None and getattr(message, "method", "") == "notifications/tools/list_changed":
-            self._listings.drop()
+        match message:
+            case JSONRPCNotification(method="notifications/tools/list_changed") if self._listings is not None:
+                self._listings.drop()
+            case JSONRPCNotification(method="notifications/cancelled", params={"requestId": str() | int() as asked}):
+                self._note_answer(asked)
 
     def _hint_at_discovery(self, request: JSONRPCRequest, message: JSONRPCError) -> JSONRPCError:
         """A server that refuses the handshake speaks 2026-07-28 only: have the SDK ask it by `server/discover`."""
@@ -312,6 +334,35 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
                 break
         return JSONRPCNotification(jsonrpc="2.0", method=message.method, params=params)
 
+    # -- What the server asks of the client
+
+    async def _deliver_or_decline(self, message: JSONRPCMessage) -> None:
+        if not isinstance(message, JSONRPCRequest) or message.method not in self._declines or self._tasks is None:
+            await self._deliver(message)
+            return
+        answer = self._declines[message.method]
+        if isinstance(answer, ErrorData):
+            refusal = JSONRPCError(jsonrpc="2.0", id=message.id, error=answer)
+            self._tasks.start_soon(self._answer, refusal)
+        else:
+            content = answer.model_dump(by_alias=True, mode="json", exclude_none=True)
+            self._tasks.start_soon(self._answer, _result(message.id, content))
+
+    async def _answer(self, answer: JSONRPCResponse | JSONRPCError) -> None:
+        await self._post_one_way(answer, None)
+        if answer.id is not None:
+            self._note_answer(answer.id)
+
+    def _is_for_others(self, refusal: JSONRPCError) -> bool:
+        """Whether this end has no answer only because it is left: the call goes on, and who continues it is asked."""
+        is_left = refusal.error.code == CONNECTION_CLOSED
+        waiting = (refusal.id in exchange.unanswered for exchange in self._exchanges.values())
+        return refusal.id in self._left or (is_left and any(waiting))
+
+    def _note_answer(self, request_id: RequestId) -> None:
+        for exchange in self._exchanges.values():
+            exchange.answered(request_id)
+
     # -- Cancellation and one-way messages
 
     async def _cancel(self, notification: JSONRPCNotification) -> None:
@@ -325,6 +376,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         if exchange is not None:
             if anyio.current_time() >= self.cancels_from:
                 await self._tell_cancelled(exchange, params.get("reason"))
+            else:
+                self._left |= exchange.unanswered
             exchange.give_up()
 
     async def _tell_cancelled(self, exchange: Exchange, reason: object) -> None:
@@ -384,7 +437,45 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         message = parse(data) if data else None
         if message is not None and not isinstance(message, JSONRPCResponse | JSONRPCError):
             self._note_change(message)
-            await self._deliver(message)
+            await self._deliver_or_decline(message)
+
+
+#: A message, and the context variables of the call to which it belongs.
+_Envelope = tuple[contextvars.Context, SessionMessage | Exception]
+
+
+class _Incoming:
+    """The read stream that the SDK gets: what the server sends is taken in the context of the call it belongs to."""
+
+    def __init__(self, stream: MemoryObjectReceiveStream[_Envelope]) -> None:
+        self._stream = stream
+        #: Of the message that was received last; the SDK's dispatcher looks for this name.
+        self.last_context: contextvars.Context | None = None
+
+    async def receive(self) -> SessionMessage | Exception:
+        self.last_context, message = await self._stream.receive()
+        return message
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> SessionMessage | Exception:
+        try:
+            return await self.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> bool | None:
+        await self.aclose()
+        return None
 
 
 class _Outbox:

@@ -379,7 +379,8 @@ def test_a_check_shows_what_each_server_does_and_fails_for_one_that_cannot_be_us
     rows = [re.split(r"  +", line) for line in checked.stdout.splitlines()]
     header = ["server", "reachable", "protocol", "era", "session", "event store", "tools", "latency", "problem"]
     assert rows[0] == header
-    assert rows[1][:7] == ["peer", "yes", "2025-11-25", "handshake", "yes", "yes", "9"]
+    assert rows[1][:6] == ["peer", "yes", "2025-11-25", "handshake", "yes", "yes"]
+    assert int(rows[1][6]) > 8
     assert re.fullmatch(r"[\d.]+ms", rows[1][7])
     assert rows[2][:2] == ["nowhere", "no"]
     assert "could not be reached" in rows[2][2]

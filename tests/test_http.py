@@ -291,7 +291,9 @@ async def test_progress_keeps_a_call_from_being_given_up(recorded_peer, new_sess
     assert text_of(result) == "done"
 
 
-@pytest.mark.parametrize("peer", [("python",), ("python", "--json"), ("typescript",), ("everything",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "peer", [("python",), ("python", "--json"), ("python1",), ("typescript",), ("everything",)], ids=" ".join
+)
 async def test_a_call_that_takes_too_long_is_cancelled_and_the_session_stays(recorded_peer, new_session, peer):
     recorder = recorded_peer(*peer)
     session = new_session(recorder.url)

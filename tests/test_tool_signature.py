@@ -146,7 +146,7 @@ def test_a_session_of_another_server_is_refused(app, recorder):
         (tool("peer", "add", a=1), r"'add' needs b\. Its arguments: a, b"),
         (tool("peer", "fail", why="so"), r"'fail' takes no argument why\. Its arguments: none"),
         (tool("peer", "ecco", text="x"), "there is no tool 'ecco'; there are, for instance, echo"),
-        (tool("peer", "zzzz"), "there are, for instance, add, echo, executions"),
+        (tool("peer", "zzzz"), "there are, for instance, add, announce, ask_model"),
         (tool("peer", "echo", into="text"), "no results came"),
         (tool("pear", "echo"), r"MCP server 'pear' is not in mcp_servers \(configured: local, peer\)"),
         (tool("local", "echo"), "stdio"),

@@ -9,7 +9,22 @@ from typing import Any
 
 import anyio
 from mcp.server.streamable_http import EventCallback, EventMessage, EventStore
-from mcp.types import Completion, JSONRPCMessage, ToolAnnotations
+from mcp.shared.message import ServerMessageMetadata
+from mcp.types import (
+    Completion,
+    JSONRPCMessage,
+    ListRootsRequest,
+    ListRootsResult,
+    PromptListChangedNotification,
+    ResourceListChangedNotification,
+    SamplingMessage,
+    ServerNotification,
+    ServerRequest,
+    TextContent,
+    ToolAnnotations,
+    ToolListChangedNotification,
+)
+from pydantic import BaseModel
 
 try:
     from mcp.server.mcpserver import Context
@@ -46,10 +61,17 @@ class Replay(EventStore):
         return stream_id
 
 
+class Answer(BaseModel):
+    answer: str
+
+
 def offer(server: Any) -> None:
     """Register the tools, resources, prompt and completion that every test server has."""
     _offer_state(server)
     _offer_work(server)
+    _offer_questions(server)
+    _offer_elicitation(server)
+    _offer_notifications(server)
     _offer_texts(server)
 
 
@@ -117,6 +139,86 @@ def _offer_work(server: Any) -> None:
     @server.tool()
     async def fail() -> str:
         raise ToolError("it failed")
+
+
+def _offer_questions(server: Any) -> None:
+    """Register tools that ask the client for a model and for roots."""
+
+    @server.tool()
+    async def ask_model(prompt: str, ctx: Context) -> str:
+        message = SamplingMessage(role="user", content=TextContent(type="text", text=prompt))
+        try:
+            result = await ctx.session.create_message(
+                [message], max_tokens=10, related_request_id=ctx.request_context.request_id
+            )
+        except Exception as exc:  # noqa: BLE001 - the answer was an error
+            return f"refused: {exc}"
+        return f"{result.model}: {result.content.text}"
+
+    @server.tool()
+    async def ask_roots(ctx: Context) -> str:
+        metadata = ServerMessageMetadata(related_request_id=ctx.request_context.request_id)
+        request = ListRootsRequest(method="roots/list")
+        if isinstance(ServerRequest, type):  # mcp 1.x
+            request = ServerRequest(request)
+        try:
+            result = await ctx.session.send_request(request, ListRootsResult, metadata=metadata)
+        except Exception as exc:  # noqa: BLE001 - as above
+            return f"refused: {exc}"
+        return " ".join(str(root.uri) for root in result.roots)
+
+
+def _offer_elicitation(server: Any) -> None:
+    @server.tool()
+    async def ask_user(question: str, ctx: Context) -> str:
+        try:
+            result = await ctx.elicit(question, Answer)
+        except Exception as exc:  # noqa: BLE001 - as above
+            return f"refused: {exc}"
+        return f"{result.action}: {result.data.answer}" if result.action == "accept" else result.action
+
+    @server.tool()
+    async def ask_to_visit(url: str, ctx: Context) -> str:
+        return (await ctx.elicit_url("Please visit", url, "visit-1")).action
+
+    @server.tool()
+    async def ask_twice(ctx: Context) -> str:
+        """Ask, report, and ask again: what a broken response has to be continued through."""
+        first = await ctx.elicit("first", Answer)
+        await ctx.report_progress(1, 2, "asked once")
+        second = await ctx.elicit("second", Answer)
+        return f"{first.data.answer} {second.data.answer}"
+
+
+def _offer_notifications(server: Any) -> None:
+    @server.tool()
+    async def burst(reports: int, seconds: float, ctx: Context) -> str:
+        """Report *reports* times at once, then take *seconds*."""
+        for report in range(1, reports + 1):
+            await ctx.report_progress(report, reports)
+        await anyio.sleep(seconds)
+        return "done"
+
+    @server.tool()
+    async def say(level: str, text: str, ctx: Context) -> str:
+        """Log *text*, in which {session} stands for the session's own ID."""
+        session_id = ctx.request_context.request.headers.get("mcp-session-id")
+        await ctx.log(level, text.replace("{session}", session_id or ""))
+        return "said"
+
+    @server.tool()
+    async def announce(ctx: Context) -> str:
+        """Say that the tools, resources and prompts have changed."""
+        for kind, what in (
+            (ToolListChangedNotification, "tools"),
+            (ResourceListChangedNotification, "resources"),
+            (PromptListChangedNotification, "prompts"),
+        ):
+            notification = kind(method=f"notifications/{what}/list_changed")
+            if isinstance(ServerNotification, type):  # mcp 1.x
+                notification = ServerNotification(notification)
+            await ctx.session.send_notification(notification, related_request_id=ctx.request_context.request_id)
+        return "announced"
 
 
 def offer_log(server: Any, path: Path) -> None:

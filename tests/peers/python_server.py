@@ -5,15 +5,18 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import mcp.server.runner
 import mcp.server.streamable_http_manager
 import uvicorn
+from mcp.server.elicitation import ElicitationResult
 from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.resolve import Elicit, Resolve
 from mcp.server.streamable_http import EventStore
 from mcp.types import INVALID_REQUEST, UNSUPPORTED_PROTOCOL_VERSION
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, MODERN_PROTOCOL_VERSIONS
-from offer import Replay, offer, offer_log
+from offer import Answer, Replay, offer, offer_log
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -73,6 +76,18 @@ def offer_list_of_sessions(server: MCPServer) -> None:
         return JSONResponse([hashlib.sha256(session_id.encode()).hexdigest()[:24] for session_id in open_now])
 
 
+def offer_confirmation(server: MCPServer) -> None:
+    """Register tools that ask back by an `InputRequiredResult`, where the client speaks 2026-07-28."""
+
+    async def confirm(item: str) -> Elicit[Answer]:
+        return Elicit(f"Delete {item}?", Answer)
+
+    @server.tool()
+    async def delete(item: str, confirmed: Annotated[ElicitationResult[Answer], Resolve(confirm)]) -> str:
+        answer = confirmed.data.answer if confirmed.action == "accept" else ""
+        return f"{item}: {confirmed.action} {answer}".strip()
+
+
 def event_store(arguments: argparse.Namespace) -> EventStore | None:
     if arguments.event_store_url:
         sys.path.append(str(Path(__file__).parents[2]))
@@ -104,6 +119,7 @@ def main() -> None:
     if arguments.executions:
         offer_log(server, arguments.executions)
     offer_list_of_sessions(server)
+    offer_confirmation(server)
     events = event_store(arguments)
     app: ASGIApp = server.streamable_http_app(
         json_response=arguments.json,

@@ -143,6 +143,20 @@ def work(self, server, where=None, tool="slow", seconds=0.2):
     return {"texts": [text.removeprefix(f"{self.request.id} ") for text in texts], "reports": reports}
 
 
+class AnsweringTask(DurableTask):
+    """Dies once while it is asked."""
+
+    def on_elicitation(self, params):
+        dies_on_a_call(self)
+        return {"answer": f"to {params.message}"}
+
+
+@task(base=AnsweringTask)
+def is_asked(self):
+    begins(self)
+    return calls.text_of(self.mcp["store"].call_tool("ask_user", {"question": "why"}))
+
+
 works = task(name="works")(work)
 calls_again = task(name="calls_again", mcp_on_interrupted="call-again")(work)
 is_retried = task(name="is_retried", retry_on_worker_lost=True)(work)

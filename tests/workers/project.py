@@ -20,6 +20,7 @@ app.conf.update(
     mcp_servers={
         "peer": {"url": os.environ["PEER"]},
         "second": {"url": os.environ["PEER"]},
+        "listening": {"url": os.environ["PEER"], "listen": True},
         "nowhere": {"url": "http://127.0.0.1:9/mcp", "connect_timeout_seconds": 2},
         "local": {"command": "npx", "args": ["some-server"]},
     },
@@ -333,6 +334,36 @@ def slow(self, steps, seconds):
         on_progress=lambda progress, total, message: seen.append([progress, total, message, self.request.id]),
     )
     return seen
+
+
+@task(base=PeerTask, bind=True)
+def reports(self, steps, seconds):
+    """Leave it to the package what becomes of the progress."""
+    return self.mcp.call_tool("slow", {"steps": steps, "seconds": seconds}).content[0].text
+
+
+class AnsweringTask(PeerTask):
+    def on_elicitation(self, params):
+        return {"answer": f"{self.request.id} to {params.message}"}
+
+
+@task(base=AnsweringTask, bind=True)
+def is_asked(self, texts):
+    return [*texts, self.mcp.call_tool("ask_user", {"question": "why"}).content[0].text]
+
+
+@task(base=PeerTask, bind=True)
+def says(self, texts, text):
+    """Have the server log *text*, and ask this task, which has no answer."""
+    self.mcp.call_tool("say", {"level": "warning", "text": text})
+    return [*texts, self.mcp.call_tool("ask_user", {"question": "why"}).content[0].text]
+
+
+@task(base=MCPTask, bind=True, mcp_server="listening")
+def listens(self, rows, steps, seconds):
+    """Hold a session whose standalone stream is wanted."""
+    text = self.mcp.call_tool("slow", {"steps": steps, "seconds": seconds}).content[0].text
+    return [*rows, text]
 
 
 @task(base=PeerTask, bind=True)

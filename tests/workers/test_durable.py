@@ -271,6 +271,14 @@ def test_a_call_under_way_when_the_process_is_killed_is_continued_by_the_next_on
     durable.assert_ended(server)
 
 
+def test_a_process_killed_while_its_task_is_asked_leaves_the_question_to_the_next_one(durable):
+    result = durable.tasks.is_asked.delay()
+    assert durable.get(result) == "accept: to why"
+    assert len(set(durable.runs(result))) == 2
+    assert calls_of(durable.recorder()) == {"ask_user": 1}
+    durable.assert_ended()
+
+
 def test_a_tool_that_has_finished_before_its_answer_was_read_is_not_called_again(durable):
     recorder = durable.recorder()
     result = durable.tasks.notes.delay()

@@ -6,7 +6,12 @@ import { completable } from "@modelcontextprotocol/sdk/server/completable.js";
 import { createMcpExpressApp } from "@modelcontextprotocol/sdk/server/express.js";
 import { McpServer, ResourceTemplate } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { StreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/streamableHttp.js";
-import { isInitializeRequest } from "@modelcontextprotocol/sdk/types.js";
+import {
+  CreateMessageResultSchema,
+  ElicitResultSchema,
+  isInitializeRequest,
+  ListRootsResultSchema,
+} from "@modelcontextprotocol/sdk/types.js";
 import { z } from "zod";
 
 const [port, ...options] = process.argv.slice(2);
@@ -80,6 +85,43 @@ function offerWork(server) {
   });
 }
 
+function offerQuestions(server) {
+  // Each answer is shown as it came.
+  const ask = async (extra, request, schema, show) => {
+    try {
+      return text(show(await extra.sendRequest(request, schema)));
+    } catch (error) {
+      return text(`refused: ${error.message}`);
+    }
+  };
+  server.registerTool("ask_model", { inputSchema: { prompt: z.string() } }, ({ prompt }, extra) => {
+    const messages = [{ role: "user", content: { type: "text", text: prompt } }];
+    const request = { method: "sampling/createMessage", params: { messages, maxTokens: 10 } };
+    return ask(extra, request, CreateMessageResultSchema, (result) => `${result.model}: ${result.content.text}`);
+  });
+  server.registerTool("ask_user", { inputSchema: { question: z.string() } }, ({ question }, extra) => {
+    const requestedSchema = { type: "object", properties: { answer: { type: "string" } }, required: ["answer"] };
+    const request = { method: "elicitation/create", params: { message: question, requestedSchema } };
+    const show = ({ action, content }) => (action === "accept" ? `${action}: ${content.answer}` : action);
+    return ask(extra, request, ElicitResultSchema, show);
+  });
+  server.registerTool("ask_roots", {}, (extra) =>
+    ask(extra, { method: "roots/list" }, ListRootsResultSchema, ({ roots }) => roots.map(({ uri }) => uri).join(" ")),
+  );
+  server.registerTool("announce", {}, async ({ sendNotification }) => {
+    for (const what of ["tools", "resources", "prompts"]) {
+      await sendNotification({ method: `notifications/${what}/list_changed` });
+    }
+    return text("announced");
+  });
+  const said = { level: z.string(), text: z.string() };
+  server.registerTool("say", { inputSchema: said }, async (input, { sendNotification, sessionId }) => {
+    const params = { level: input.level, data: input.text.replace("{session}", sessionId) };
+    await sendNotification({ method: "notifications/message", params });
+    return text("said");
+  });
+}
+
 function offerTexts(server) {
   const note = (uri, content) => ({ contents: [{ uri: uri.href, text: content }] });
   server.registerResource("hello", "note://hello", {}, (uri) => note(uri, "hello"));
@@ -101,9 +143,10 @@ async function openSession() {
     onsessioninitialized: (sessionId) => transports.set(sessionId, transport),
   });
   transport.onclose = () => transports.delete(transport.sessionId);
-  const server = new McpServer({ name: "typescript", version: "1.0.0" });
+  const server = new McpServer({ name: "typescript", version: "1.0.0" }, { capabilities: { logging: {} } });
   offerState(server);
   offerWork(server);
+  offerQuestions(server);
   offerTexts(server);
   await server.connect(transport);
   return transport;
