@@ -37,9 +37,9 @@ def call_function(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return _finished(task, task.run(*args, **kwargs))
 
 
-def defer_eager(task: Any, act: Callable[[], Any]) -> None:
-    """End the coroutine that this is called in by *act*, where that executes tasks: `self.retry` of an eager task."""
-    if task.request.is_eager and is_on_loop():
+def defer(act: Callable[[], Any]) -> None:
+    """End the coroutine that this is called in by *act*, which may wait for the event loop; elsewhere do nothing."""
+    if is_on_loop():
         raise InTaskThread(act)
 
 

@@ -23,7 +23,7 @@ from .events import Event
 from .exceptions import HAS_TAKEN_OVER, ConfigurationError, MCPCeleryError, StoreError, SupersededError
 from .handle import SessionHandle, server_name
 from .known_tasks import journal_id, of_server, settings_of, settings_of_journal, warn_of_store
-from .portal import Callers, is_on_loop
+from .portal import Callers
 from .progress import TaskProgress, has_state
 from .redis_store import get_store
 from .settings import Conf, JournalSettings, log_level, progress_interval_seconds, server_settings
@@ -108,8 +108,6 @@ class Execution:
         #: By key: the sessions that go on elsewhere while this execution holds them, with the names of the tasks there.
         self._shared: dict[str, list[str]] = {}
         self._failure: MCPCeleryError | None = None
-        #: What a coroutine has left to end: it cannot wait for the event loop on which it runs.
-        self._unclosed: list[SessionHandle] = []
         self._branches = 0
         self._has_begun = False
         self._is_retried = False
@@ -428,8 +426,6 @@ class Execution:
 
     def release(self) -> None:
         """Let go of this process's end of each session."""
-        while self._unclosed and not is_on_loop():
-            self._close(self._unclosed.pop())
         for server, session in self._sessions.items():
             if session.is_lost and self._eager is not None:
                 self._eager.pop(server, None)
@@ -552,9 +548,6 @@ class Execution:
         self._change(handle, Change(leaving=[self._holder], when_empty=Leaving.ABANDON))
 
     def _close(self, handle: SessionHandle) -> None:
-        if is_on_loop():
-            self._unclosed.append(handle)
-            return
         try:
             session = self._sessions.get(handle.server)
             if session is None or session.handle is None or session.handle.key != handle.key:

@@ -297,3 +297,8 @@ def in_loop_thread() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def is_green() -> bool:
+    """Whether greenlets stand in for threads."""
+    return _thread.start_new_thread.__module__ != _thread.__name__

@@ -10,11 +10,12 @@ from celery.exceptions import TaskPredicate
 
 from . import lifecycle  # noqa: F401 - connects to Celery's signals
 from .async_session import NOT_HERE, AwaitedSession
-from .async_tasks import await_task, call_function, defer_eager, request_in_context
+from .async_tasks import await_task, call_function, defer, request_in_context
 from .exceptions import ConfigurationError, SessionError, SessionHandleError
 from .execution import Execution, execution_of
 from .handle import SessionHandle, server_name
 from .known_tasks import brought_by, canvas_of
+from .portal import is_green
 from .redis_store import get_store
 from .sync_session import MCPSession
 from .unexecuted import REFUSED, hold_given, never_published
@@ -241,7 +242,9 @@ class MCPTask(Task):
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Retry the task, as Celery does; the next attempt resumes the session of this one."""
-        defer_eager(self, partial(self.retry, *args, **kwargs))
+        if self.request.is_eager or is_green():
+            # The next attempt is executed right now; or what publishes it is made for greenlets.
+            defer(partial(self.retry, *args, **kwargs))
         execution = execution_of(self.request)
         if execution is not None and (instead := execution.superseded_by(None)) is not None:
             raise instead
@@ -256,7 +259,7 @@ class MCPTask(Task):
 
         Celery has put into *sig* by now what followed this task, and the task IDs.
         """
-        defer_eager(self, partial(self.on_replace, sig))
+        defer(partial(self.on_replace, sig))
         if (execution := execution_of(self.request)) is not None:
             execution.bind_replacement(sig)
         return super().on_replace(sig)
