@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from .events import Told
 from .exceptions import SessionError
-from .portal import Portal
+from .portal import Callers, Portal
 from .session_face import SessionFace
 
 if TYPE_CHECKING:
@@ -33,11 +33,13 @@ class AwaitedSession(SessionFace):
         session: "AsyncMCPSession",
         portal: Portal,
         sibling: "Callable[[str], AwaitedSession]",
+        callers: Callers,
         told: Told | None = None,
     ) -> None:
         super().__init__(session)
         self._portal = portal
         self._sibling = sibling
+        self._callers = callers
         self._told = told
 
     def __getitem__(self, server: str) -> "AwaitedSession":
@@ -211,7 +213,7 @@ class AwaitedSession(SessionFace):
             raise
         finally:
             if self._told is not None:
-                self._told.tell()
+                self._callers.run(self._told.tell)
         if failed is not None and failed.error is not None:
             if not call.cancelled():
                 call.exception()

@@ -1,4 +1,4 @@
-"""What happens in a session, as it is told to who feeds metrics: `signals` sends it on, where the task runs."""
+"""What happens in a session, as it is told to who feeds metrics: `signals` sends it on, in the task's thread."""
 
 import time
 from collections import deque
@@ -90,7 +90,7 @@ class Events:
 
 
 class Told:
-    """What has happened in a session on the event loop, until it is told where the task runs."""
+    """What has happened in a session on the event loop, until it is told in the thread of the task."""
 
     def __init__(self, tell: Callable[[Event], object]) -> None:
         self._tell = tell
@@ -101,7 +101,7 @@ class Told:
         self._events.append(event)
 
     def tell(self) -> None:
-        """Tell what has happened, in order, and once. Runs in the thread of the task; of a coroutine, on the loop."""
+        """Tell what has happened, in order, and once. Runs in the thread of the task, perhaps in several."""
         while self._events:
             try:
                 event = self._events.popleft()

@@ -170,9 +170,10 @@ class Portal:
             with asyncio.Runner(loop_factory=new_loop) as runner:
                 runner.run(stay())
         except BaseException as exc:
-            if self._end is not None:
-                raise
-            started.run(partial(_raise, exc))
+            if self._end is None:
+                started.run(partial(_raise, exc))
+            else:
+                logger.exception("What ran on the event loop of the process has ended it")
 
     def call(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
         """Run `await function()` on the loop and wait for it. Context variables go along.
@@ -204,6 +205,11 @@ class Portal:
             caller.wait(CLEAN_UP_SECONDS)
             raise
         return started[0].result()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the loop has ended by itself: `sys.exit` in an asyncio task ends it, with all that runs on it."""
+        return self._loop.is_closed()
 
     def is_current(self) -> bool:
         """Whether the calling thread is that of the loop, where to wait for the loop would be a deadlock."""
@@ -258,10 +264,10 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 def get_portal() -> Portal:
-    """Return the portal of this process, started on the first call."""
+    """Return the portal of this process, started on the first call, and again where its loop has broken."""
     with _lock:
         portal = _portals.get(os.getpid())
-        if portal is None:
+        if portal is None or portal.is_broken:
             portal = _portals[os.getpid()] = Portal()
             # For scripts and tests that call tasks as functions; workers have signals.
             atexit.register(close_portal)

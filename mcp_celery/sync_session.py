@@ -135,7 +135,9 @@ class MCPSession(SessionFace):
     @property
     def awaited(self) -> AwaitedSession:
         """The asynchronous face of this session."""
-        return AwaitedSession(self._session, self._portal, lambda server: self[server].awaited, self._told)
+        return AwaitedSession(
+            self._session, self._portal, lambda server: self[server].awaited, self._callers, self._told
+        )
 
     def open(self) -> None:
         """Open the session, or resume the one that was given. After its end, start a new one."""

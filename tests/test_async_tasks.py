@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import threading
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
 
@@ -16,7 +16,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from mcp import Client
 from pydantic import BaseModel
 
-from mcp_celery import MCPTask
+from mcp_celery import MCPTask, signals
 from mcp_celery.exceptions import ConfigurationError, SessionError, ToolError, TransportError
 from mcp_celery.portal import close_portal, get_portal
 from mcp_celery.testing import eager_sessions
@@ -575,3 +575,22 @@ def test_a_call_that_anyio_cancels_is_cancelled_at_the_server(task, recorder):
 
     assert step() == "usable"
     assert sum(map(is_cancellation, recorder.exchanges)) == 2
+
+
+def test_signals_of_a_coroutine_are_sent_in_the_thread_of_its_task(app, task):
+    told = []
+
+    def note(signal, task_id, **_):
+        told.append((signal.name, threading.get_ident(), task_id))
+
+    @task()
+    async def step(self):
+        await self.amcp.call_tool("echo", {"text": "x"})
+
+    with ExitStack() as receivers:
+        for sent in (signals.session_opened, signals.call_finished, signals.session_closed):
+            sent.connect(note, weak=False)
+            receivers.callback(sent.disconnect, note)
+        step.apply(task_id="me").get()
+    here = threading.get_ident()
+    assert told == [(name, here, "me") for name in ("session_opened", "call_finished", "session_closed")]

@@ -1,6 +1,7 @@
 """The event loop of a process: there is one, a fork gets its own, and an interrupted call leaves nothing behind."""
 
 import _thread
+import asyncio
 import signal
 import subprocess
 import sys
@@ -99,6 +100,20 @@ def test_all_threads_of_a_process_share_one_loop(process_portal):
     portal, loop_thread = found.pop()
     assert portal is process_portal
     assert loop_thread != threading.get_ident()
+
+
+def test_a_loop_that_an_asyncio_task_has_ended_is_replaced(process_portal):
+    async def leave():
+        sys.exit(3)
+
+    async def start_and_wait():
+        await asyncio.create_task(leave())
+
+    with pytest.raises((SystemExit, asyncio.CancelledError)):
+        process_portal.call(start_and_wait)
+    wait_until(lambda: process_portal.is_broken, what="the loop to end")
+    assert get_portal() is not process_portal
+    assert get_portal().call(own_thread)
 
 
 def test_calls_of_several_threads_run_at_the_same_time(portal):
