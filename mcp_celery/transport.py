@@ -85,6 +85,7 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         listings: ToolListings | None = None,
         listen: bool = False,
         declines: Mapping[str, ErrorData | Result] | None = None,
+        prefer_stateless: bool = False,
         owned_client: httpx2.AsyncClient | None = None,
     ) -> None:
         self._session = RemoteSession(endpoint, handle)
@@ -94,8 +95,8 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         #: The answers to requests of the server that go no further, by method.
         self._declines = declines or {}
         self._owned_client = owned_client
-        #: Set when the server refuses the handshake: then, and only then, `server/discover` is let through.
-        self._may_discover = False
+        #: Also set when the server refuses the handshake; otherwise `server/discover` is not let through.
+        self._may_discover = prefer_stateless
         #: From when on, by the loop's clock, the server is told of requests that are given up.
         self.cancels_from = 0.0
         #: What the server has asked during calls that were given up here and go on at the server.
@@ -130,6 +131,20 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
     def requests_sent(self) -> int:
         """How many HTTP requests this transport has sent."""
         return self._endpoint.requests_sent
+
+    def detach(self) -> SessionHandle:
+        """Return the handle for another process to `resume`. Sends nothing, and can be used on until it is left.
+
+        Raises:
+            SessionLostError: The server no longer knows the session.
+            SessionError: There is nothing to resume: the handshake is still to come, or the session has ended.
+        """
+        if self._session.lost is not None:
+            raise self._session.lost
+        handle = self.handle
+        if handle is None:
+            raise SessionError(f"No session of server {self._endpoint.name!r} is open: detach() comes before its end")
+        return handle
 
     async def terminate(self) -> None:
         """End the session at the server with `DELETE`. Need not be entered; does nothing without a session.
@@ -510,13 +525,14 @@ def resumable_http(
     headers: Mapping[str, str] | None = None,
     server: str | None = None,
     listen: bool = False,
+    prefer_stateless: bool = False,
 ) -> ResumableHTTPTransport:
     """Return a transport for the endpoint *url*, from *handle* where the session exists already.
 
     Example:
         async with Client(transport := resumable_http(url)) as client:
             await client.call_tool("assign", {"name": "x", "value": 1})
-            text = transport.handle.dumps()         # keep it; leaving the block keeps the session alive
+            text = transport.detach().dumps()         # keep it; leaving the block keeps the session alive
 
         async with Client(transport := resumable_http(url, handle=text)) as client:   # elsewhere, later
             await client.call_tool("evaluate", {"expression": "x + 1"})
@@ -529,6 +545,8 @@ def resumable_http(
         server: What error texts and handles call the server; by default the name in the handle, or the URL without
             credentials.
         listen: Open the server's standalone stream as well. Some servers end a session when it is dropped.
+        prefer_stateless: Ask a server that offers both for the stateless protocol (2026-07-28), as the SDK's own
+            transport does, and not for a session.
 
     Raises:
         SessionHandleError: The handle cannot be read or is of another server.
@@ -542,7 +560,38 @@ def resumable_http(
         raise SessionHandleError(f"The session handle is of server {session.server!r}, not of {name!r}")
     client = new_client(place, headers=headers, auth=auth)
     endpoint = Endpoint(place, client, name=name, cookies=session.cookies if session else None)
-    return ResumableHTTPTransport(endpoint, handle=session, listen=listen, owned_client=client)
+    return ResumableHTTPTransport(
+        endpoint, handle=session, listen=listen, prefer_stateless=prefer_stateless, owned_client=client
+    )
+
+
+def resume(
+    handle: SessionHandle | str,
+    *,
+    url: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    listen: bool = False,
+) -> ResumableHTTPTransport:
+    """Return a transport that continues the session behind *handle*: `resumable_http` for who has nothing else.
+
+    Example:
+        async with Client(resume(text)) as client:  # the next invocation of a function, anywhere
+            await client.call_tool("evaluate", {"expression": "x + 1"})
+
+    Args:
+        handle: What `ResumableHTTPTransport.detach` gave, or its `dumps`.
+        url: Where the handle does not say: it holds no credentials and no query, and the server's name in
+            `mcp_servers` in place of the URL where a task has opened the session.
+        headers: Sent with each request; none are in the handle.
+        listen: As `resumable_http` has it.
+
+    Raises:
+        SessionHandleError: The handle cannot be read, is of another server than *url*, or a URL is needed.
+    """
+    session = SessionHandle.load(handle)
+    if url is None and "://" not in session.server:
+        raise SessionHandleError(f"The session handle names server {session.server!r} and no URL: pass url=...")
+    return resumable_http(url or session.server, handle=session, headers=headers, listen=listen)
 
 
 def _result(request_id: RequestId, result: Mapping[str, Any]) -> JSONRPCResponse:
