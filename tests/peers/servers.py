@@ -52,18 +52,24 @@ def _mcp1_python() -> Path:
     return python
 
 
+def install(folder: Path, *options: str) -> None:
+    """Have npm install what the `package.json` in *folder* names, unless it is there."""
+    wanted = json.loads((folder / "package.json").read_text())
+    packages = wanted["dependencies"] | ({} if options else wanted.get("optionalDependencies", {}))
+    with _one_at_a_time():
+        for name, version in packages.items():
+            installed = folder / "node_modules" / name / "package.json"
+            if not installed.exists() or json.loads(installed.read_text())["version"] != version:
+                subprocess.run(["npm", "install", "--no-audit", "--no-fund", *options], cwd=folder, check=True)
+                break
+
+
 def _node() -> str:
     """The Node.js executable, with the packages of our servers installed."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         missing("Node.js is not installed")
-    wanted = json.loads((_NODE / "package.json").read_text())["dependencies"]
-    with _one_at_a_time():
-        for name, version in wanted.items():
-            installed = _NODE / "node_modules" / name / "package.json"
-            if not installed.exists() or json.loads(installed.read_text())["version"] != version:
-                subprocess.run([npm, "install", "--no-audit", "--no-fund"], cwd=_NODE, check=True)
-                break
+    install(_NODE)
     return node
 
 
