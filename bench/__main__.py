@@ -1,5 +1,7 @@
 """Measures over loopback, in one run, and prints figures and targets: `python -m bench [--calls N] [--json FILE]`.
 
+`python -m bench recipe` prints instead who resumes a session in another process, and with how many requests.
+
 A missed target is said and fails nothing: on a shared machine only ratios of one run mean something.
 """
 
@@ -16,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench import calls, chains, durable, imports
+from bench import calls, chains, durable, imports, recipe
 from bench.processes import Log, accepts, free_port, running
 from bench.report import print_report, targets
 from bench.store import valkey
@@ -68,6 +70,7 @@ def server(folder: Path, *options: str) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("speed", "recipe"), default="speed")
     parser.add_argument("--calls", type=int, default=300, help="of each kind, in blocks (default: %(default)s)")
     parser.add_argument("--imports", type=int, default=21, help="processes of each kind (default: %(default)s)")
     parser.add_argument("--chains", type=int, default=40, help="of each kind (default: %(default)s)")
@@ -76,6 +79,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     os.environ["no_proxy"] = "127.0.0.1"
     with tempfile.TemporaryDirectory(prefix="mcp-celery-bench-") as folder:
+        if options.what == "recipe":
+            recipe.print_recipe(recipe.measure(Path(folder)))
+            return 0
         results = measure(options, Path(folder))
     results["targets"] = targets(results)
     print_report(results)
