@@ -105,9 +105,9 @@ def verdict(folder):
 )
 def test_a_client_on_our_transport_conforms(verdicts, revision, scenario, way):
     found = verdicts(revision, way)[scenario]
-    assert found.failed == []
+    assert found.failed == [], found.said
     assert found.passed
-    assert "Traceback" not in found.said
+    assert "Traceback" not in found.said, found.said
 
 
 @pytest.mark.parametrize("revision", SCENARIOS)
