@@ -43,7 +43,7 @@ from mcp_types import (
     RequestId,
     Result,
 )
-from mcp_types.version import LATEST_MODERN_VERSION
+from mcp_types.version import LATEST_MODERN_VERSION, MODERN_PROTOCOL_VERSIONS
 
 from .exceptions import SessionError, SessionHandleError, SessionLostError, TransportError
 from .exchange import (
@@ -69,6 +69,9 @@ logger = logging.getLogger(__name__)
 #: What has no answer to wait for (a notification, `DELETE`) may take this long.
 ONE_WAY_SECONDS = 5.0
 _BUFFERED_MESSAGES = 64
+#: How servers that speak 2026-07-28 only refuse a handshake: they do not know it or its version, or they miss the
+#: headers that each request has there.
+_NO_HANDSHAKE = frozenset({METHOD_NOT_FOUND, UNSUPPORTED_PROTOCOL_VERSION, HEADER_MISMATCH})
 
 
 class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
@@ -300,6 +303,9 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
     async def _take(self, exchange: Exchange, message: JSONRPCMessage) -> None:
         """Take a message of a response, keep what later requests need of it, and hand it to the SDK."""
         match message:
+            case JSONRPCResponse() if _is_misplaced_handshake(exchange.request, message.result):
+                self._session.session_id = None
+                message = self._discover_instead(exchange.request.id, "A handshake of a version that has none")
             case JSONRPCResponse():
                 self._keep(exchange.request, message.result)
             case JSONRPCError():
@@ -331,13 +337,17 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
     def _hint_at_discovery(self, request: JSONRPCRequest, message: JSONRPCError) -> JSONRPCError:
         """A server that refuses the handshake speaks 2026-07-28 only: have the SDK ask it by `server/discover`."""
         error = message.error
-        if request.method != "initialize" or error.code not in {METHOD_NOT_FOUND, UNSUPPORTED_PROTOCOL_VERSION}:
+        if request.method != "initialize" or error.code not in _NO_HANDSHAKE:
             return message
-        self._may_discover = True
         if error.code == UNSUPPORTED_PROTOCOL_VERSION:
+            self._may_discover = True
             return message
+        return self._discover_instead(request.id, error.message)
+
+    def _discover_instead(self, request_id: RequestId, why: str) -> JSONRPCError:
+        self._may_discover = True
         supported = {"supported": [LATEST_MODERN_VERSION], "requested": "initialize"}
-        return error_message(request.id, UNSUPPORTED_PROTOCOL_VERSION, error.message, supported)
+        return error_message(request_id, UNSUPPORTED_PROTOCOL_VERSION, why, supported)
 
     def _with_known_token(self, exchange: Exchange, message: JSONRPCNotification) -> JSONRPCNotification:
         params = dict(message.params or {})
@@ -592,6 +602,11 @@ def resume(
     if url is None and "://" not in session.server:
         raise SessionHandleError(f"The session handle names server {session.server!r} and no URL: pass url=...")
     return resumable_http(url or session.server, handle=session, headers=headers, listen=listen)
+
+
+def _is_misplaced_handshake(request: JSONRPCRequest, result: Mapping[str, Any]) -> bool:
+    """Whether a handshake is answered with a version of the stateless era, as some servers of that era do."""
+    return request.method == "initialize" and result.get("protocolVersion") in MODERN_PROTOCOL_VERSIONS
 
 
 def _result(request_id: RequestId, result: Mapping[str, Any]) -> JSONRPCResponse:

@@ -1,5 +1,7 @@
 """The transport starts from nothing or from a handle, says no more than it must, and leaves the session alive."""
 
+import json
+
 import pytest
 from calls import KINDS, PEERS, echo, eventually, is_call, seen, slow, text_of, version_of
 from mcp import Client, ClientSession
@@ -201,6 +203,20 @@ async def test_a_server_of_the_stateless_era_is_found_and_carried_by_a_handle(re
         await again.terminate()
     assert recorder.methods() == ["POST tools/call", "POST tools/list"]
     assert {exchange.headers["mcp-protocol-version"] for exchange in recorder.exchanges} == {"2026-07-28"}
+
+
+@pytest.mark.parametrize("code", [-32020, -32022, -32601], ids=["missing header", "unknown version", "unknown method"])
+async def test_a_server_of_the_stateless_era_is_found_however_it_refuses_the_handshake(recorded_peer, code):
+    recorder = recorded_peer("python", "--modern-only")
+    error = {"code": code, "message": "Refused", "data": {"supported": ["2026-07-28"], "requested": ""}}
+    refusal = json.dumps({"jsonrpc": "2.0", "id": None, "error": error}).encode()
+    recorder.answer(status=400, rpc_method="initialize", body=refusal, headers={"Mcp-Session-Id": "1"})
+    async with Client(transport := resumable_http(recorder.url)) as client:
+        assert client.protocol_version == "2026-07-28"
+        assert text_of(await client.call_tool("echo", {"text": "hello"})) == "hello"
+        assert transport.detach().session_id is None
+    assert recorder.methods() == ["POST initialize", "POST server/discover", "POST tools/call", "POST tools/list"]
+    assert {exchange.session_id for exchange in recorder.exchanges} == {None}
 
 
 async def test_a_call_to_a_server_of_the_stateless_era_is_cancelled_by_leaving_it(recorded_peer):

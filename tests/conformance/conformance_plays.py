@@ -181,6 +181,13 @@ def play_fresh(assignment: Assignment) -> None:
     anyio.run(partial(play, assignment, open_session(assignment), FRESH[assignment.scenario]))
 
 
+def play_after_a_handshake(assignment: Assignment) -> None:
+    """Begin as for a session, also where the server has none."""
+    transport = resumable_http(assignment.url)
+    anyio.run(partial(play, assignment, transport, FRESH[assignment.scenario]))
+    assert assignment.version != STATELESS or transport.session_id is None
+
+
 def play_first_half(assignment: Assignment, hand_over: Callable[[str, str | None], None]) -> None:
     """Open the session and leave it; *hand_over* gets the handle and a resumption token, if there is one."""
     halves = RESUMED[assignment.scenario][:1]

@@ -11,7 +11,13 @@ import socket
 import sys
 import traceback
 
-from conformance_plays import Assignment, play_first_half, play_fresh, play_second_half
+from conformance_plays import (
+    Assignment,
+    play_after_a_handshake,
+    play_first_half,
+    play_fresh,
+    play_second_half,
+)
 
 
 def resumed(assignment: Assignment) -> None:
@@ -27,6 +33,9 @@ def resumed(assignment: Assignment) -> None:
     play_second_half(assignment, *json.loads(left))
 
 
+WAYS = {"fresh": play_fresh, "resumed": resumed, "handshake-first": play_after_a_handshake}
+
+
 def perform(connection: socket.socket) -> int:
     """Play what the connection asks for, in a process that is ours, and return the exit status."""
     with connection.makefile() as lines:
@@ -34,7 +43,7 @@ def perform(connection: socket.socket) -> int:
     os.dup2(connection.fileno(), 1)
     os.dup2(connection.fileno(), 2)
     try:
-        {"fresh": play_fresh, "resumed": resumed}[asked.pop("way")](Assignment(**asked))
+        WAYS[asked.pop("way")](Assignment(**asked))
     except Exception:  # noqa: BLE001 - it is said, and is the status
         traceback.print_exc()
         return 1
