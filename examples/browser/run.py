@@ -17,7 +17,7 @@ def main() -> int:
     )
     result = workflow().get(timeout=WAIT_SECONDS)
     for row in result["rows"]:
-        print("{task:<9}  {worker}  session {session} {how}, {requests} requests".format_map(row))
+        print("{task:<9}  {worker}  session {session} {how}, requests: {requests}".format_map(row))
     print(result["text"])
     return 0 if result["text"] == "Soup for Ada" else 1
 
