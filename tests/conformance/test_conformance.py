@@ -46,10 +46,15 @@ RUNS = [
 ]
 #: A transport that is not told to prefer 2026-07-28 begins with a handshake, which these hold against a client.
 AGAINST_HANDSHAKES = {"request-metadata", "http-standard-headers"}
+EXPECTED_FAILURE = pytest.mark.xfail(reason="a handshake comes first, without the headers of 2026-07-28", strict=True)
 RUNS += [
-    ("2026-07-28", scenario, "handshake-first")
+    pytest.param(
+        "2026-07-28",
+        scenario,
+        "handshake-first",
+        marks=[EXPECTED_FAILURE] if scenario in AGAINST_HANDSHAKES else [],
+    )
     for scenario in SCENARIOS["2026-07-28"]
-    if scenario not in AGAINST_HANDSHAKES
 ]
 
 
