@@ -122,7 +122,8 @@ class DurableCalls:
             CallInterruptedError: An earlier run has put it, and nobody can say whether it was answered.
         """
         session, journal = self._session, self._journal
-        params = question.request.params.model_dump(mode="json", by_alias=True, exclude_none=True)
+        # `_meta` says how a call is made, not what: the IDs of traces differ in each run.
+        params = question.request.params.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"meta"})
         if not journal.knows_next and session.is_untouched:
             # Before the call is noted: of one that was noted, nobody can say that it was not sent.
             await session.open_for(question.what, timeout_seconds)

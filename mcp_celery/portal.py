@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .exceptions import ConfigurationError
-from .threads import Threads
+from .threads import NOTICE_SECONDS, Threads
 
 if TYPE_CHECKING:
     import asyncio
@@ -203,6 +203,52 @@ class Portal:
         except BaseException:
             self._loop.call_soon_threadsafe(cancel)  # in the loop's queue after start, if that is there
             caller.wait(CLEAN_UP_SECONDS)
+            raise
+        return started[0].result()
+
+    async def acall(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run `await function()` on the loop and await it, from a coroutine of any loop. Context variables go along.
+
+        Where the waiting coroutine is cancelled or otherwise interrupted, that of the loop is cancelled and given
+        `CLEAN_UP_SECONDS` to end; then the interruption goes on.
+        """
+        import asyncio  # noqa: PLC0415 - as above
+
+        import anyio  # noqa: PLC0415 - as above
+
+        here = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = here.create_future()
+        started: list[asyncio.Task[T]] = []
+
+        def tell() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def end(_: object = None) -> None:
+            with suppress(RuntimeError):  # the other loop is closed: nobody waits any more
+                here.call_soon_threadsafe(tell)
+
+        def start() -> None:
+            started.append(self._loop.create_task(function()))
+            started[0].add_done_callback(end)
+
+        def cancel() -> None:
+            if started:
+                started[0].cancel()
+            else:
+                end()
+
+        try:
+            # Within, as above.
+            self._loop.call_soon_threadsafe(start)
+            while not ended.done():
+                await asyncio.wait([ended], timeout=NOTICE_SECONDS)
+        except BaseException:
+            self._loop.call_soon_threadsafe(cancel)
+            with anyio.move_on_after(CLEAN_UP_SECONDS, shield=True):
+                await asyncio.wait([ended])
+            if started and started[0].done() and not started[0].cancelled():
+                started[0].exception()  # mark as retrieved
             raise
         return started[0].result()
 

@@ -426,6 +426,7 @@ class AsyncMCPSession:
         request_state: str | None = None,
         allow_input_required: Literal[False] = False,
         check_arguments: bool = False,
+        meta: dict[str, Any] | None = None,
     ) -> types.CallToolResult: ...
 
     @overload
@@ -441,6 +442,7 @@ class AsyncMCPSession:
         request_state: str | None = None,
         allow_input_required: Literal[True],
         check_arguments: bool = False,
+        meta: dict[str, Any] | None = None,
     ) -> types.CallToolResult | types.InputRequiredResult: ...
 
     async def call_tool(
@@ -455,6 +457,7 @@ class AsyncMCPSession:
         request_state: str | None = None,
         allow_input_required: bool = False,
         check_arguments: bool = False,
+        meta: dict[str, Any] | None = None,
     ) -> types.CallToolResult | types.InputRequiredResult:
         """Call a tool.
 
@@ -468,6 +471,7 @@ class AsyncMCPSession:
             request_state: What that had as `request_state`.
             allow_input_required: Return an `InputRequiredResult`, instead of having the task's methods answer it.
             check_arguments: Check the names of the arguments by the tool's input schema, before it is called.
+            meta: Sent as `_meta`.
 
         Raises:
             ToolError: The tool answered `isError`, or its output does not fit its output schema.
@@ -484,6 +488,7 @@ class AsyncMCPSession:
                 "arguments": arguments,
                 "inputResponses": input_responses,
                 "requestState": request_state,
+                "_meta": meta,
             }
         )
         request = types.CallToolRequest(params=params)
@@ -504,6 +509,7 @@ class AsyncMCPSession:
                 progress_callback=report,
                 input_responses=params.input_responses,
                 request_state=request_state,
+                meta=params.meta,
             )
 
         async def check(result: types.Result) -> None:
@@ -602,6 +608,10 @@ class AsyncMCPSession:
         if cursor is None:
             listings.drop()
         return await self._get("tools/list", lambda client: client.list_tools(cursor=cursor, cache_mode="refresh"))
+
+    async def list_known_tools(self, *, cursor: str | None = None) -> types.ListToolsResult:
+        """Do what `list_tools` does, from what the process knows of the server, where that is not too old."""
+        return await self._get("tools/list", lambda client: client.list_tools(cursor=cursor))
 
     async def list_resources(self, *, cursor: str | None = None) -> types.ListResourcesResult:
         """List the resources. `next_cursor` of the result continues."""
@@ -854,6 +864,7 @@ async def _one_round(
             progress_callback=report,
             input_responses=params.input_responses,
             request_state=params.request_state,
+            meta=params.meta,
             allow_input_required=True,
         )
 

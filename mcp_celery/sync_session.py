@@ -277,6 +277,17 @@ class MCPSession(SessionFace):
         """Complete an argument of a prompt or resource template: `argument` is `{"name": ..., "value": ...}`."""
         return self._call(partial(self._session.complete, ref, argument, context_arguments))
 
+    # -- For agents, which run on a loop of their own
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether the session was neither opened nor resumed here, and has not ended."""
+        return self._session.is_untouched
+
+    async def on_loop(self, function: "Callable[[AsyncMCPSession], Coroutine[Any, Any, T]]") -> T:
+        """Await `function(session)` on the event loop of the session, from a coroutine of any loop."""
+        return await self._portal.acall(partial(function, self._session))
+
     def _call(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
         if in_loop_thread():
             raise SessionError(

@@ -17,7 +17,7 @@ def step(self, x):
 handle = SessionHandle.load(SessionHandle("somewhere", "id", {"protocolVersion": "2025-11-25"}).dumps())
 signals.call_finished.connect(lambda **_: None, weak=False)
 chain(step.s(1, mcp_session=handle), step.s(), tool("somewhere", "x", y=1)).apply_async()
-heavy = {"mcp", "mcp_types", "httpx2", "anyio", "pydantic"} & set(sys.modules)
+heavy = {"mcp", "mcp_types", "httpx2", "anyio", "pydantic", "agents"} & set(sys.modules)
 threads = __import__("threading").active_count()
 print(sorted(heavy), threads)
 """

@@ -148,6 +148,16 @@ def calls_in(recorder):
     return [exchange.rpc_params["name"] for exchange in recorder.exchanges if is_call(exchange)]
 
 
+async def test_a_call_is_known_again_whatever_metadata_it_carries(recorded_peer, running):
+    recorder = recorded_peer(*PLAIN)
+    for trace in ("1", "2"):
+        async with running(recorder.url) as session:
+            answer = await session.call_tool("echo", {"text": "x"}, meta={"trace": trace})
+            assert text_of(answer) == "x"
+    (call,) = [exchange for exchange in recorder.exchanges if is_call(exchange)]
+    assert call.rpc_params["_meta"]["trace"] == "1"
+
+
 def everything_in(client):
     """All that is stored, keys included, as one text."""
     texts = []

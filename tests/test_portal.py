@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
+from contextvars import ContextVar
 from functools import partial
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 from celery.exceptions import SoftTimeLimitExceeded
 from processes import wait_until
 
@@ -283,6 +285,64 @@ def test_what_a_coroutine_asks_its_caller_to_run_runs_in_the_calling_thread_in_o
 
     assert portal.call(report, caller=caller) == "done"
     assert ran == [(step, threading.get_ident()) for step in range(5)]
+
+
+@pytest.mark.parametrize("where", ["another loop", "the loop itself"])
+def test_a_coroutine_of_any_loop_awaits_what_the_loop_runs(portal, where):
+    variable = ContextVar("variable", default="not set")
+
+    async def work():
+        await checkpoint()
+        return await own_thread(), variable.get()
+
+    async def fail():
+        raise LookupError("on the loop")
+
+    async def use():
+        variable.set("set")
+        with pytest.raises(LookupError, match="on the loop"):
+            await portal.acall(fail)
+        return await portal.acall(work)
+
+    outcome = asyncio.run(use()) if where == "another loop" else portal.call(use)
+    assert outcome == (portal.call(own_thread), "set")
+
+
+@pytest.mark.parametrize("where", ["another loop", "the loop itself"])
+def test_a_coroutine_that_is_cancelled_goes_on_once_what_it_awaits_has_cleaned_up(portal, where):
+    events, began = [], threading.Event()
+
+    async def work():
+        try:
+            began.set()
+            await anyio.sleep_forever()
+        except BaseException:
+            await anyio.sleep(0.01)
+            events.append("cleaned up")
+            raise
+
+    async def use():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(portal.acall, work)
+            assert await anyio.to_thread.run_sync(began.wait, 10)
+            tasks.cancel_scope.cancel()
+        events.append("goes on")
+
+    asyncio.run(use()) if where == "another loop" else portal.call(use)
+    assert events == ["cleaned up", "goes on"]
+
+
+def test_other_coroutines_of_a_loop_run_while_one_awaits_the_portal(portal):
+    async def use():
+        met = [threading.Event(), threading.Event()]
+
+        async def meet(mine, others):
+            mine.set()
+            assert await anyio.to_thread.run_sync(others.wait, 10)
+
+        await asyncio.gather(portal.acall(partial(meet, *met)), portal.acall(partial(meet, *reversed(met))))
+
+    asyncio.run(use())
 
 
 def test_an_error_of_what_the_caller_runs_cancels_the_call(portal):
