@@ -562,3 +562,19 @@ def end(task, how):
             # As where a signal reaches no handler, since no Python code runs.
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             threading.Event().wait(60)
+
+
+@task(base=PeerTask, bind=True)
+def converse(self, conversation, question, turns):
+    """Run an agent over the session; the conversation goes on in the return value."""
+    from agent_runs import run_sync  # not before it is needed: agents take two seconds to load
+
+    return run_sync(self, conversation, question, turns)
+
+
+@task(base=PeerTask, bind=True)
+async def converse_async(self, conversation, question, turns):
+    """Do the same on the event loop of the process."""
+    from agent_runs import run  # as above
+
+    return await run(self, conversation, question, turns)
