@@ -10,10 +10,13 @@ from functools import partial
 
 from celery import Celery, chain
 from celery.exceptions import Ignore, Reject
+from celery.utils.log import get_task_logger
 from pydantic import BaseModel
 
 from mcp_celery import MCPTask, SessionLostError, TransportError
 from mcp_celery.signals import call_finished, session_closed, session_lost, session_opened, session_resumed
+
+logger = get_task_logger(__name__)
 
 app = Celery("project", broker=os.environ["BROKER"], backend=os.environ["BROKER"])
 app.conf.update(
@@ -44,15 +47,15 @@ app.conf.update(
 )
 
 
-def print_signal(signal, sender, **arguments):
+def log_signal(signal, sender, **arguments):
     """Have the worker log what it is told."""
     if sender.request.hostname:
         told = {"signal": signal.name, "task": sender.name, "worker": sender.request.hostname, **arguments}
-        print(f"signal {json.dumps(told)}")
+        logger.info("signal %s", json.dumps(told))
 
 
 for signal_of_mcp in (session_opened, session_resumed, session_closed, session_lost, call_finished):
-    signal_of_mcp.connect(print_signal)
+    signal_of_mcp.connect(log_signal)
 
 
 # Tests import this module once for each pair of workers, and shared tasks would meet their namesakes.
