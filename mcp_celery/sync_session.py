@@ -173,6 +173,7 @@ class MCPSession(SessionFace):
         request_state: str | None = None,
         allow_input_required: Literal[False] = False,
         check_arguments: bool = False,
+        meta: dict[str, Any] | None = None,
     ) -> "types.CallToolResult": ...
 
     @overload
@@ -188,6 +189,7 @@ class MCPSession(SessionFace):
         request_state: str | None = None,
         allow_input_required: Literal[True],
         check_arguments: bool = False,
+        meta: dict[str, Any] | None = None,
     ) -> "types.CallToolResult | types.InputRequiredResult": ...
 
     def call_tool(
@@ -202,6 +204,7 @@ class MCPSession(SessionFace):
         request_state: str | None = None,
         allow_input_required: bool = False,
         check_arguments: bool = False,
+        meta: dict[str, Any] | None = None,
     ) -> "types.CallToolResult | types.InputRequiredResult":
         """Call a tool and return its result.
 
@@ -216,6 +219,7 @@ class MCPSession(SessionFace):
             request_state: What that had as `request_state`.
             allow_input_required: Return an `InputRequiredResult`, instead of having the task's methods answer it.
             check_arguments: Check the names of the arguments by the tool's input schema, before it is called.
+            meta: Sent as `_meta`.
 
         Raises:
             ToolError: The tool answered `isError`.
@@ -241,6 +245,7 @@ class MCPSession(SessionFace):
             request_state=request_state,
             allow_input_required=allow_input_required,
             check_arguments=check_arguments,
+            meta=meta,
         )
         return self._call(call, caller)
 

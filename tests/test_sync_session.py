@@ -179,3 +179,11 @@ def test_a_session_shows_no_secret(recorded_peer, session_of):
     assert session.session_id not in repr(session)
     assert repr(session) == f"<MCPSession server {session.handle.short_id} open>"
     session.close()
+
+
+def test_metadata_goes_with_a_call(recorded_peer, session_of):
+    recorder = recorded_peer("python")
+    session = session_of(recorder.url)
+    session.call_tool("echo", {"text": "x"}, meta={"example.com/about": "whales"})
+    assert recorder.wait_for(is_call).rpc_params["_meta"]["example.com/about"] == "whales"
+    session.close()
