@@ -221,7 +221,7 @@ def test_a_filter_that_is_a_function_sees_agent_and_tool_and_leaves_out_what_it_
         tool.description = "changed"
         if tool.name == "fail":
             raise LookupError("in the filter")
-        return len(tool.name) < 5
+        return tool.name in {"add", "echo", "slow"}
 
     server = server_of(recorded_peer("python").url, name="notes", tool_filter=only_short)
     agent = agent_of(server, "done")

@@ -11,7 +11,7 @@ from redis import Redis
 from mcp_celery import redis_store
 from mcp_celery.exceptions import StoreError
 from mcp_celery.handle import SessionHandle
-from mcp_celery.redis_store import ABANDONED_SECONDS, ANNOUNCED_SECONDS, ENDING_SECONDS, KEPT_SECONDS, RedisStore
+from mcp_celery.redis_store import ANNOUNCED_SECONDS, ENDING_SECONDS, KEPT_SECONDS, RedisStore
 from mcp_celery.settings import StoreSettings
 from mcp_celery.store import Change, Leaving, Standing
 
@@ -295,7 +295,7 @@ def test_an_abandoned_session_is_due_soon_and_can_be_ended_by_who_still_has_it(s
     assert store.change(S, leaving("a", when_empty=Leaving.ABANDON)) is Standing.HELD
     record = record_of(store)
     assert (record.state, record.holders) == ("open", {})
-    assert record.deadline == pytest.approx(now(client) + ABANDONED_SECONDS, abs=5)
+    assert record.deadline == pytest.approx(now(client) + redis_store.ABANDONED_SECONDS, abs=5)
     assert store.take_idle(10, SERVERS) == []
     assert store.change(S, leaving("b")) is Standing.LAST
 
@@ -353,7 +353,7 @@ def test_tasks_that_never_run_hold_nothing_any_more(store, client):
     store.abandon(["a", "unknown"])
     assert record_of(store).holders == {"b": "task b"}
     assert record_of(store).deadline > now(client) + 3600
-    assert record_of(store, T).deadline == pytest.approx(now(client) + ABANDONED_SECONDS, abs=5)
+    assert record_of(store, T).deadline == pytest.approx(now(client) + redis_store.ABANDONED_SECONDS, abs=5)
     assert store.held_by("a") == []
 
 

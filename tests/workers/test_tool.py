@@ -7,13 +7,22 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from celery import chain, chord, group, maybe_signature
+from celery import chain, chord, current_app, group
 from processes import wait_until
 from redis import Redis
 from signatures import still
 from test_chain import CALL, HANDSHAKE, calls_and_handshake
 
 from mcp_celery import ConfigurationError, SessionHandle, ToolError, tool
+
+
+@pytest.fixture(autouse=True)
+def current(project):
+    """The app of the project is the current one, as in a program that has no other."""
+    before = current_app._get_current_object()
+    project.app.set_current()
+    yield
+    before.set_current()
 
 
 @pytest.fixture
@@ -24,8 +33,8 @@ def on_workers():
 
 
 def run(project, *steps):
-    """Run a chain in the app of the project, whichever is the current one."""
-    return project.run(maybe_signature(chain(*steps, app=project.app), app=project.app))
+    """Run a chain."""
+    return project.run(chain(*steps))
 
 
 def test_tools_on_two_workers_share_a_session_and_the_last_one_ends_it(project, on_workers):
@@ -95,9 +104,7 @@ def test_a_session_that_was_kept_is_continued_by_a_tool_and_then_ended(project, 
 
 
 def test_results_and_logs_show_no_handle(project, on_workers):
-    last = chain(
-        on_workers("peer", "echo", text="x"), on_workers("peer", "echo", into="text"), app=project.app
-    ).apply_async()
+    last = chain(on_workers("peer", "echo", text="x"), on_workers("peer", "echo", into="text")).apply_async()
     with pytest.raises(ToolError):
         last.get(timeout=15)
     project.sessions_closed()
