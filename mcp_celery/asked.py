@@ -223,6 +223,10 @@ class Asked:
         try:
             return read(await self._run(getattr(self._task, name), *args))
         except MCPError as exc:
+            is_left = call is not None and call.has_ended
+            if exc.code == types.CONNECTION_CLOSED and not is_left:
+                # The transport takes this code for what is left unanswered; servers have it for errors of all kinds.
+                return types.ErrorData(code=types.INTERNAL_ERROR, message=exc.message, data=exc.data)
             return exc.error
         except Exception as exc:  # noqa: BLE001 - the user's own code
             _fail(call, name, exc)

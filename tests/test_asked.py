@@ -14,6 +14,7 @@ from celery import Celery
 from mcp import Client, MCPError
 from mcp.shared.message import ClientMessageMetadata
 from mcp_types import (
+    CONNECTION_CLOSED,
     HEADER_MISMATCH,
     CallToolRequest,
     CallToolRequestParams,
@@ -259,13 +260,14 @@ def test_what_a_method_raises_ends_its_call_and_stays_here(recorded_peer, run, p
         assert recorder.wait_for(lambda exchange: b"on_elicitation has failed" in exchange.body)
 
 
-def test_a_method_may_answer_with_an_error(recorded_peer, run):
+@pytest.mark.parametrize("code", [-1, CONNECTION_CLOSED])
+def test_a_method_may_answer_with_an_error(recorded_peer, run, code):
     class Refusing(Silent):
         def on_sampling(self, params):
-            raise MCPError(-1, "not today")
+            raise MCPError(code, "not today")
 
     def ask(self):
-        return text_of(self.mcp.call_tool("ask_model", {"prompt": "whales"}))
+        return text_of(self.mcp.call_tool("ask_model", {"prompt": "whales"}, timeout=10))
 
     assert "not today" in run(recorded_peer("python").url, Refusing, ask)
 
