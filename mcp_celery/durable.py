@@ -124,10 +124,14 @@ class DurableCalls:
         session, journal = self._session, self._journal
         # `_meta` says how a call is made, not what: the IDs of traces differ in each run.
         params = question.request.params.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"meta"})
-        if not journal.knows_next and session.is_untouched:
+
+        async def open_first() -> None:
             # Before the call is noted: of one that was noted, nobody can say that it was not sent.
-            await session.open_for(question.what, timeout_seconds)
-        entry, was_made = await journal.enter(question.what, session.server, question.request.method, params)
+            if session.is_untouched:
+                await session.open_for(question.what, timeout_seconds)
+
+        method = question.request.method
+        entry, was_made = await journal.enter(question.what, session.server, method, params, prepare=open_first)
         if entry.has_ended:
             note_replay()
             try:

@@ -190,8 +190,17 @@ class Journal:
         """Whether an earlier execution has noted the next call."""
         return self._next in self._entries
 
-    async def enter(self, what: str, server: str, method: str, params: Mapping[str, Any]) -> tuple[Entry, bool]:
+    async def enter(
+        self,
+        what: str,
+        server: str,
+        method: str,
+        params: Mapping[str, Any],
+        prepare: Callable[[], Awaitable[None]] | None = None,
+    ) -> tuple[Entry, bool]:
         """Return the entry of the next call, and whether an earlier execution has made it.
+
+        *prepare* is awaited first, where none has noted it; what it raises leaves the call out of the journal.
 
         Raises:
             JournalMismatchError: The earlier execution made another call here.
@@ -199,6 +208,8 @@ class Journal:
             StoreError: The store does not answer; the call was not made.
         """
         async with self._entering:  # calls that are made at once are known by the order of their beginnings
+            if prepare is not None and not self.knows_next:
+                await prepare()
             return await self._enter(what, digest_of(server, method, params))
 
     async def _enter(self, what: str, digest: str) -> tuple[Entry, bool]:

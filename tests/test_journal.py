@@ -1535,6 +1535,24 @@ async def test_calls_that_are_made_at_once_are_known_again_in_the_order_of_their
     assert len(calls_in(recorder)) == 10
 
 
+async def test_calls_to_two_servers_are_known_again_though_one_of_them_had_to_be_opened_first(recorded_peer, runs):
+    urls = [recorded_peer("python").url, recorded_peer("python").url]
+    connections, results = Connections(), []
+    for _ in range(2):
+        journal = runs(0)
+        await journal.begin()
+        late, early = (
+            AsyncMCPSession(ServerSettings(name=url, url=url), connections, journal.sessions.get(url), journal=journal)
+            for url in urls
+        )
+        results.append([await add(early, 1, 1), *await asyncio.gather(add(late, 1, 2), add(early, 1, 3))])
+        await late.release()
+        await early.release()
+        await journal.end(is_done=False)
+    await connections.aclose()
+    assert results == [[2, 3, 4]] * 2
+
+
 async def test_of_calls_that_are_made_at_once_those_that_have_not_finished_are_made_again(recorded_peer, running):
     recorder = recorded_peer(*PLAIN)
     async with running(recorder.url) as session, asyncio.TaskGroup() as tasks:
