@@ -5,13 +5,13 @@ Imported in such processes only.
 
 import asyncio
 import queue
-import socket
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import anyio
 import gevent
@@ -19,6 +19,9 @@ import gevent.event
 import gevent.monkey
 
 from .threads import Inbox, Threads
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class Greenlets(Threads):
@@ -96,9 +99,11 @@ class LoopBesideGreenlets(asyncio.SelectorEventLoop):
         super().__init__(gevent.monkey.get_original("selectors", "DefaultSelector")())
         self._hub = hub
 
-    async def getaddrinfo(self, *arguments: Any, **options: Any) -> Any:
-        """Look a name up, as gevent does it."""
-        return await self.aside(partial(socket.getaddrinfo, *arguments, **options))
+    def run_in_executor(self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+        """Run *func* in a greenlet where no executor is named: for `asyncio.to_thread`, and to look names up."""
+        if executor is not None:
+            return super().run_in_executor(executor, func, *args)
+        return self.create_task(self.aside(func, *args))
 
     async def aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run *function* in a greenlet of the hub, in the context of the caller."""
