@@ -176,9 +176,21 @@ class Asked:
         """Return the answers to requests that the task has no method for, by method of the protocol."""
         return declines(self._task)
 
-    def progress_of(self, tool: str) -> ProgressFnT | None:
-        """Return what takes the progress of a call that has no `on_progress`; None where nobody wants it."""
-        return self._progress.of(tool) if self._progress is not None else None
+    def progress_of(self, tool: str, session_id: Callable[[], str | None]) -> ProgressFnT | None:
+        """Return what takes the progress of a call that has no `on_progress`; None where nobody wants it.
+
+        Args:
+            tool: The name of the tool.
+            session_id: Returns the ID of the session, which is to show in no result backend.
+        """
+        if self._progress is None:
+            return None
+        take = self._progress.of(tool)
+
+        async def report(progress: float, total: float | None = None, message: str | None = None) -> None:
+            await take(progress, total, None if message is None else _hidden(session_id(), message))
+
+        return report
 
     def callbacks(self, server: str, session_id: Callable[[], str | None]) -> dict[str, Any]:
         """Return the callbacks of the SDK's client: a server is told of what is there, and of nothing else.
@@ -274,14 +286,12 @@ class Asked:
             return
         tool = call.tool if call is not None else None
         text = params.data if isinstance(params.data, str) else json.dumps(params.data, ensure_ascii=False, default=str)
-        if (secret := session_id()) is not None:
-            text = text.replace(secret, short_hash(secret))
         log = partial(
             self._logger.log,
             _LEVELS[params.level],
             "%s: %s",
             server if tool is None else f"{server} {tool}",
-            text,
+            _hidden(session_id(), text),
             extra={"mcp_server": server, "mcp_tool": tool, "mcp_logger": params.logger},
         )
         # In the task's thread its logger knows the task; but what a server says is not kept until the next call.
@@ -301,6 +311,11 @@ class Asked:
             await on_log(params)
         except Exception as exc:  # noqa: BLE001 - the user's own code
             _fail(call, "on_log", exc)
+
+
+def _hidden(secret: str | None, text: str) -> str:
+    """Return *text* with the hash of *secret* in its place."""
+    return text if secret is None else text.replace(secret, short_hash(secret))
 
 
 def _fail(call: CallUnderWay | None, name: str, exc: Exception) -> None:

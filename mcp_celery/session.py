@@ -479,7 +479,7 @@ class AsyncMCPSession:
         """
         report = _as_coroutine(on_progress)
         if report is None and self._asked is not None:
-            report = self._asked.progress_of(name)
+            report = self._asked.progress_of(name, lambda: self.session_id)
 
         # Answers may be written as JSON has them.
         params = types.CallToolRequestParams.model_validate(

@@ -99,6 +99,16 @@ def test_a_burst_is_written_once_an_interval_and_its_last_report_is_not_lost(mak
     assert len(progress) <= 3
 
 
+def test_a_session_id_in_a_message_does_not_get_into_the_state(make):
+    def say(self):
+        self.mcp.call_tool("say", {"level": "info", "text": "at {session}"})
+        return self.mcp.handle.short_id
+
+    task = make(say, mcp_progress_interval_seconds=0)
+    short_id = task.apply().get()
+    assert [meta["message"] for _, _, meta, _ in task.app.states] == [f"at {short_id}"]
+
+
 def test_on_progress_takes_over(make):
     reports = []
 

@@ -201,9 +201,10 @@ def _offer_notifications(server: Any) -> None:
 
     @server.tool()
     async def say(level: str, text: str, ctx: Context) -> str:
-        """Log *text*, in which {session} stands for the session's own ID."""
-        session_id = ctx.request_context.request.headers.get("mcp-session-id")
-        await ctx.log(level, text.replace("{session}", session_id or ""))
+        """Log *text*, in which {session} stands for the session's own ID, and report it as progress."""
+        text = text.replace("{session}", ctx.request_context.request.headers.get("mcp-session-id") or "")
+        await ctx.log(level, text)
+        await ctx.report_progress(1, 1, text)
         return "said"
 
     @server.tool()
