@@ -145,6 +145,7 @@ class Portal:
         self._on_close: list[Callable[[], Coroutine[Any, Any, object]]] = []
         self._is_wanted = True
         self._end: Callable[[], object] | None = None
+        self._callers: set[Caller] = set()
         self._loop: asyncio.AbstractEventLoop
         started, kind = Caller(), threads_of_this_process()
         self._join = kind.start(partial(self._run, kind.new_loop, started), "mcp_celery")
@@ -174,6 +175,9 @@ class Portal:
                 started.run(partial(_raise, exc))
             else:
                 logger.exception("What ran on the event loop of the process has ended it")
+        finally:
+            for caller in list(self._callers):  # what they asked for came when the loop was about to end
+                caller.done()
 
     def call(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
         """Run `await function()` on the loop and wait for it. Context variables go along.
@@ -181,11 +185,17 @@ class Portal:
         Where the waiting thread is interrupted (SoftTimeLimitExceeded, SystemExit, KeyboardInterrupt, raised by a
         signal handler or by something that *caller* ran), the coroutine is cancelled and given `CLEAN_UP_SECONDS`
         to end; then the interruption goes on.
+
+        Raises:
+            RuntimeError: The loop has ended meanwhile, or before.
         """
         caller = caller or Caller()
         started: list[asyncio.Task[T]] = []
 
         def start() -> None:
+            if not self._is_wanted:
+                caller.done()
+                return
             task = self._loop.create_task(function())
             started.append(task)
             task.add_done_callback(lambda _: caller.done())
@@ -197,13 +207,19 @@ class Portal:
                 caller.done()
 
         try:
+            self._callers.add(caller)
             # Within: the loop may run, and the interruption come, before this thread goes on.
             self._loop.call_soon_threadsafe(start)
             caller.serve()
         except BaseException:
-            self._loop.call_soon_threadsafe(cancel)  # in the loop's queue after start, if that is there
-            caller.wait(CLEAN_UP_SECONDS)
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(cancel)  # in the loop's queue after start, if that is there
+                caller.wait(CLEAN_UP_SECONDS)
             raise
+        finally:
+            self._callers.discard(caller)
+        if not (started and started[0].done()):
+            raise RuntimeError("The event loop has ended")
         return started[0].result()
 
     async def acall(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:

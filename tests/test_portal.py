@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 
@@ -147,6 +148,30 @@ def test_closing_the_portal_leaves_no_thread_and_the_next_use_starts_another():
         assert get_portal().call(own_thread)
     finally:
         close_portal()
+
+
+def test_who_calls_while_the_portal_ends_does_not_wait_for_ever():
+    portal, answers, ends = Portal(), [], []
+
+    async def answer():
+        answers.append(1)
+
+    def call():
+        while True:
+            try:
+                with suppress(asyncio.CancelledError):
+                    portal.call(answer)
+            except RuntimeError as exc:
+                ends.append(str(exc))
+                return
+
+    threads = [threading.Thread(target=call, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(answers) > 100)
+    portal.close()
+    wait_until(lambda: len(ends) == len(threads))
+    assert set(ends) <= {"The event loop has ended", "Event loop is closed"}
 
 
 def test_what_was_opened_on_the_loop_is_closed_on_it_the_last_first():
