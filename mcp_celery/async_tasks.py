@@ -10,7 +10,7 @@ from typing import Any
 
 from .portal import in_loop_thread, is_on_loop
 
-#: By name of the task: the requests of the coroutines that this context belongs to. Celery keeps requests by thread,
+#: By name of the task: the requests of the executions that this context belongs to. Celery keeps requests by thread,
 #: and all coroutines of a process share one.
 _requests: ContextVar[Mapping[str, Any]] = ContextVar("mcp_celery_requests", default=MappingProxyType({}))
 
@@ -24,7 +24,7 @@ class InTaskThread(Exception):  # noqa: N818 - ends a coroutine, as Celery's Ret
 
 
 def request_in_context(task_name: str) -> Any:
-    """Return the request of a task whose coroutine this context belongs to; None where there is none."""
+    """Return the request of a task whose execution this context belongs to; None where there is none."""
     return _requests.get().get(task_name)
 
 
@@ -34,7 +34,12 @@ def call_function(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if original is not None and not isinstance(original, _Finishing):
         # Under autoretry_for, `run` has to see what the coroutine raises, and so the function it calls has to wait.
         task._orig_run = _Finishing(task, original)  # noqa: SLF001 - Celery's name for it
-    return _finished(task, task.run(*args, **kwargs))
+    # Not for coroutines alone: a plain function may have methods that answer its servers on the event loop.
+    before = _requests.set({**_requests.get(), task.name: task.request})
+    try:
+        return _finished(task, task.run(*args, **kwargs))
+    finally:
+        _requests.reset(before)
 
 
 def defer(act: Callable[[], Any]) -> None:
@@ -74,13 +79,10 @@ def _finished(task: Any, result: Any) -> Any:
         return result
     from .coroutines import run_to_end  # noqa: PLC0415 - as said above
 
-    before = _requests.set({**_requests.get(), task.name: task.request})
     try:
         return _dumped(type(task).run, run_to_end(task, result))
     except InTaskThread as ending:
         act = ending.act
-    finally:
-        _requests.reset(before)
     return act()
 
 

@@ -174,6 +174,18 @@ def test_coroutine_functions_answer_on_the_event_loop(recorded_peer, run):
     assert set(capabilities(recorder)) == {"sampling", "elicitation"}
 
 
+def test_a_coroutine_function_of_a_plain_task_knows_its_request_and_may_use_the_session(recorded_peer, run):
+    class Looking(Silent):
+        async def on_elicitation(self, params):
+            found = await self.amcp.call_tool("echo", {"text": self.request.kwargs["text"]})
+            return {"answer": text_of(found)}
+
+    def ask(self, text):
+        return text_of(self.mcp.call_tool("ask_user", {"question": "why"}))
+
+    assert run(recorded_peer("python").url, Looking, ask, text="known") == "accept: known"
+
+
 @pytest.mark.parametrize("base", [Answering, AnsweringOnTheLoop])
 def test_tasks_with_a_coroutine_function_are_asked_as_others_are(recorded_peer, run, base):
     async def ask(self, threads):
