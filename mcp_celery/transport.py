@@ -99,7 +99,7 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         self._declines = declines or {}
         self._owned_client = owned_client
         #: Also set when the server refuses the handshake; otherwise `server/discover` is not let through.
-        self._may_discover = prefer_stateless
+        self._may_discover = prefer_stateless and handle is None
         #: From when on, by the loop's clock, the server is told of requests that are given up.
         self.cancels_from = 0.0
         #: What the server has asked during calls that were given up here and go on at the server.
@@ -188,6 +188,10 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
     # -- The SDK's side: two streams
 
     async def __aenter__(self) -> tuple["_Incoming", "_Outbox"]:
+        if self._connected is not None:
+            raise SessionError(
+                f"The transport of server {self._endpoint.name!r} was entered before, and goes no second time"
+            )
         self._connected = self._connection()
         return await self._connected.__aenter__()
 
@@ -556,7 +560,7 @@ def resumable_http(
             credentials.
         listen: Open the server's standalone stream as well. Some servers end a session when it is dropped.
         prefer_stateless: Ask a server that offers both for the stateless protocol (2026-07-28), as the SDK's own
-            transport does, and not for a session.
+            transport does, and not for a session. Means nothing with *handle*: that says which it is.
 
     Raises:
         SessionHandleError: The handle cannot be read or is of another server.

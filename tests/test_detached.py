@@ -92,6 +92,27 @@ async def test_what_is_not_open_cannot_be_detached(recorded_peer):
             ended.detach()
 
 
+async def test_a_transport_that_is_entered_again_refuses_and_goes_on(recorded_peer):
+    transport = resumable_http(recorded_peer("python").url)
+    async with Client(transport) as client:
+        with pytest.raises(SessionError, match="entered before"):
+            await transport.__aenter__()
+        assert text_of(await client.call_tool("echo", {"text": "hello"})) == "hello"
+    with pytest.raises(SessionError, match="entered before"):
+        await transport.__aenter__()
+
+
+async def test_a_handle_of_a_session_goes_before_the_stateless_protocol(recorded_peer):
+    recorder = recorded_peer("python")
+    async with Client(transport := resumable_http(recorder.url)) as client:
+        await client.call_tool("set_variable", {"name": "x", "value": "1"})
+        handle = transport.detach()
+    recorder.clear()
+    async with Client(resumable_http(recorder.url, handle=handle, prefer_stateless=True)) as client:
+        assert text_of(await client.call_tool("get_variable", {"name": "x"})) == "1"
+    assert recorder.methods() == ["POST tools/call", "POST tools/list"]
+
+
 async def test_a_server_of_both_eras_is_asked_for_the_stateless_one_where_that_is_preferred(recorded_peer):
     recorder = recorded_peer("python")
     async with Client(transport := resumable_http(recorder.url, prefer_stateless=True)) as client:
