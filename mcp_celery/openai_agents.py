@@ -263,6 +263,8 @@ class TaskServer(MCPServer):
         try:
             outcome = tool_filter(seen_by, tool.model_copy(deep=True))
             return bool(await outcome if inspect.isawaitable(outcome) else outcome)
+        except SoftTimeLimitExceeded:
+            raise
         except Exception:
             logger.exception("The filter of tools has failed for %r of server %r: it is left out", tool.name, self.name)
             return False
