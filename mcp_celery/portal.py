@@ -87,6 +87,58 @@ class Caller:
                 self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
 
 
+class AwaitingCaller:
+    """The coroutine that waits in `Portal.acall`, on a loop of another thread, which can be asked to run something."""
+
+    def __init__(self) -> None:
+        import asyncio  # noqa: PLC0415 - a process that only publishes tasks is not to load it
+
+        self._loop = asyncio.get_running_loop()
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._woken: asyncio.Future[None] = self._loop.create_future()
+        self._is_done = False
+
+    def run(self, function: Callable[[], object]) -> None:
+        """Have *function* run in the waiting coroutine, soon. From any thread; returns at once."""
+        self._jobs.append(function)
+        self._wake()
+
+    def done(self) -> None:
+        """End `serve`, after everything that was asked for before. From any thread."""
+        self._is_done = True
+        self._wake()
+
+    async def serve(self) -> None:
+        """Run what arrives, in order, until `done`."""
+        while not self._is_done:
+            await self._next(NOTICE_SECONDS)
+            while self._jobs:
+                self._jobs.popleft()()
+
+    async def wait(self, seconds: float) -> None:
+        """Run nothing any more, and wait for `done`, *seconds* at most."""
+        import anyio  # noqa: PLC0415 - as above
+
+        with anyio.move_on_after(seconds, shield=True):
+            while not self._is_done:
+                await self._next(None)
+
+    async def _next(self, seconds: float | None) -> None:
+        import asyncio  # noqa: PLC0415 - as above
+
+        await asyncio.wait([self._woken], timeout=seconds)
+        if self._woken.done():
+            self._woken = self._loop.create_future()
+
+    def _wake(self) -> None:
+        def tell() -> None:
+            if not self._woken.done():
+                self._woken.set_result(None)
+
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(tell)
+
+
 class Callers:
     """The threads that wait for the loop on behalf of one task, and what is to be run in one of them.
 
@@ -96,11 +148,11 @@ class Callers:
 
     def __init__(self) -> None:
         self._owner = threading.get_ident()
-        self._waiting: list[tuple[int, Caller]] = []
+        self._waiting: list[tuple[int, Caller | AwaitingCaller]] = []
         self._jobs: deque[Callable[[], object]] = deque()
 
     @contextmanager
-    def waiting(self, caller: Caller) -> Iterator[None]:
+    def waiting(self, caller: Caller | AwaitingCaller) -> Iterator[None]:
         """While this thread waits: have *caller* run what there is to run, also what was left over before."""
         entry = threading.get_ident(), caller
         try:  # here: an interruption may come at any place
@@ -222,47 +274,32 @@ class Portal:
             raise RuntimeError("The event loop has ended")
         return started[0].result()
 
-    async def acall(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def acall(self, function: Callable[[], Coroutine[Any, Any, T]], caller: "AwaitingCaller | None" = None) -> T:
         """Run `await function()` on the loop and await it, from a coroutine of any loop. Context variables go along.
 
-        Where the waiting coroutine is cancelled or otherwise interrupted, that of the loop is cancelled and given
-        `CLEAN_UP_SECONDS` to end; then the interruption goes on.
+        Where the waiting coroutine is cancelled or otherwise interrupted (also by something that *caller* ran), that of
+        the loop is cancelled and given `CLEAN_UP_SECONDS` to end; then the interruption goes on.
         """
-        import asyncio  # noqa: PLC0415 - as above
-
-        import anyio  # noqa: PLC0415 - as above
-
-        here = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = here.create_future()
+        caller = caller or AwaitingCaller()
         started: list[asyncio.Task[T]] = []
-
-        def tell() -> None:
-            if not ended.done():
-                ended.set_result(None)
-
-        def end(_: object = None) -> None:
-            with suppress(RuntimeError):  # the other loop is closed: nobody waits any more
-                here.call_soon_threadsafe(tell)
 
         def start() -> None:
             started.append(self._loop.create_task(function()))
-            started[0].add_done_callback(end)
+            started[0].add_done_callback(lambda _: caller.done())
 
         def cancel() -> None:
             if started:
                 started[0].cancel()
             else:
-                end()
+                caller.done()
 
         try:
             # Within, as above.
             self._loop.call_soon_threadsafe(start)
-            while not ended.done():
-                await asyncio.wait([ended], timeout=NOTICE_SECONDS)
+            await caller.serve()
         except BaseException:
             self._loop.call_soon_threadsafe(cancel)
-            with anyio.move_on_after(CLEAN_UP_SECONDS, shield=True):
-                await asyncio.wait([ended])
+            await caller.wait(CLEAN_UP_SECONDS)
             if started and started[0].done() and not started[0].cancelled():
                 started[0].exception()  # mark as retrieved
             raise

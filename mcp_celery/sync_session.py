@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from .async_session import AwaitedSession
 from .events import Event, Told
 from .exceptions import SessionError
-from .portal import Caller, Callers, Portal, get_portal, in_loop_thread
+from .portal import AwaitingCaller, Caller, Callers, Portal, get_portal, in_loop_thread
 from .session_face import SessionFace
 
 if TYPE_CHECKING:
@@ -290,8 +290,24 @@ class MCPSession(SessionFace):
         return self._session.is_untouched
 
     async def on_loop(self, function: "Callable[[AsyncMCPSession], Coroutine[Any, Any, T]]") -> T:
-        """Await `function(session)` on the event loop of the session, from a coroutine of any loop."""
-        return await self._portal.acall(partial(function, self._session))
+        """Await `function(session)` on the event loop of the session, from a coroutine of any loop.
+
+        What the server asks and tells meanwhile is for the task, whose thread runs that loop, or waits for it.
+        """
+        call = partial(function, self._session)
+        if self._portal.is_current():
+            try:
+                return await self._portal.acall(call)
+            finally:
+                if self._told is not None:
+                    self._callers.run(self._told.tell)
+        caller = AwaitingCaller()
+        try:
+            with self._callers.waiting(caller):
+                return await self._portal.acall(call, caller)
+        finally:
+            if self._told is not None:
+                self._told.tell()
 
     def _call(self, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | None = None) -> T:
         if in_loop_thread():

@@ -21,8 +21,8 @@ from celery.exceptions import SoftTimeLimitExceeded
 from processes import ChildProcess, accepts, free_port, wait_until
 
 from examples.agent.model import Call, ScriptedModel, text_of
-from mcp_celery import JournalMismatchError, SessionLostError, TransportError
-from mcp_celery.openai_agents import TaskServer
+from mcp_celery import JournalMismatchError, MCPTask, SessionLostError, TransportError, signals
+from mcp_celery.openai_agents import TaskServer, agents_server
 from mcp_celery.portal import close_portal, get_portal
 from mcp_celery.redis_store import RedisStore
 from mcp_celery.settings import JournalSettings, ServerSettings, StoreSettings
@@ -165,6 +165,67 @@ def test_a_soft_time_limit_that_comes_while_a_call_is_prepared_is_not_told_to_th
         run(go(server, REMEMBER, "done"))
 
 
+def test_a_soft_time_limit_in_a_filter_of_tools_ends_the_run(recorded_peer, server_of):
+    def interrupted(*_):
+        raise SoftTimeLimitExceeded
+
+    server = server_of(recorded_peer("python").url, tool_filter=interrupted)
+    with pytest.raises(SoftTimeLimitExceeded):
+        asyncio.run(go(server, "done"))
+
+
+class Answering(MCPTask):
+    """Says who was asked in which thread."""
+
+    mcp_server = "server"
+
+    def on_elicitation(self, params):
+        return {"answer": f"to {params.message} in {threading.current_thread().name}"}
+
+
+def ask_in_task(self, *turns):
+    return outputs(asyncio.run(go(agents_server(self), *turns)))
+
+
+async def ask_in_async_task(self, *turns):
+    return outputs(await go(agents_server(self), *turns))
+
+
+@pytest.fixture(params=[ask_in_task, ask_in_async_task])
+def ask(request):
+    """`ask(url, *turns)` runs an agent in a task that answers its server, and returns what the tools said."""
+    app = Celery("agents", broker="memory://", set_as_current=False)
+
+    def ask(url, *turns):
+        app.conf.mcp_servers = {"server": {"url": url}}
+        return app.task(request.param, base=Answering, bind=True, shared=False, name="agents.ask")(*turns)
+
+    yield ask
+    app.close()
+    close_portal()
+
+
+def test_what_a_server_asks_an_agent_is_answered_by_the_task_in_its_thread(recorded_peer, ask):
+    answers = ask(recorded_peer("python").url, [Call("ask_user", {"question": "why"})], "done")
+    assert answers == [f"accept: to why in {threading.current_thread().name}"]
+
+
+def test_signals_tell_of_the_calls_of_an_agent_while_it_runs(recorded_peer, ask):
+    recorder = recorded_peer("python")
+    calls_at_server = []
+
+    def note(tool, **_):
+        if tool is not None:
+            calls_at_server.append((tool, sum(map(is_call, recorder.exchanges))))
+
+    signals.call_finished.connect(note)
+    try:
+        ask(recorder.url, [Call("echo", {"text": "x"})], [Call("add", {"a": 1, "b": 2})], "done")
+    finally:
+        signals.call_finished.disconnect(note)
+    assert calls_at_server == [("echo", 1), ("add", 2)]
+
+
 def test_a_call_that_takes_too_long_is_cancelled_and_the_model_is_told(recorded_peer, server_of):
     recorder = recorded_peer("python")
     server = server_of(recorder.url, client_session_timeout_seconds=0.2)
@@ -231,7 +292,7 @@ def test_a_filter_that_is_a_function_sees_agent_and_tool_and_leaves_out_what_it_
         return await agent.get_mcp_tools(result.context_wrapper)
 
     shown = asyncio.run(tools())
-    assert sorted(tool.name for tool in shown) == ["add", "echo", "slow"]
+    assert sorted(tool.name for tool in shown) == ["add", "echo", "say", "slow"]
     assert all(tool.description != "changed" for tool in shown)
     assert seen == {("notes", "tester")}
     assert "'fail' of server 'notes'" in caplog.text

@@ -17,7 +17,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from processes import wait_until
 
 from mcp_celery import portal as portal_module
-from mcp_celery.portal import Caller, Portal, close_portal, get_portal, in_loop_thread, is_running
+from mcp_celery.portal import AwaitingCaller, Caller, Portal, close_portal, get_portal, in_loop_thread, is_running
 
 
 @pytest.fixture
@@ -387,6 +387,30 @@ def test_an_error_of_what_the_caller_runs_cancels_the_call(portal):
     with pytest.raises(LookupError, match="in the callback"):
         portal.call(report, caller=caller)
     assert seen == ["cancelled"]
+
+
+def test_an_error_of_what_an_awaiting_caller_runs_cancels_the_call(portal):
+    ran, seen = [], []
+
+    def fail():
+        raise LookupError("in the callback")
+
+    async def use():
+        caller = AwaitingCaller()
+
+        async def report():
+            caller.run(lambda: ran.append(threading.current_thread()))
+            caller.run(fail)
+            try:
+                await anyio.sleep_forever()
+            finally:
+                seen.append("cancelled")
+
+        with pytest.raises(LookupError, match="in the callback"):
+            await portal.acall(report, caller)
+
+    asyncio.run(use())
+    assert (ran, seen) == ([threading.current_thread()], ["cancelled"])
 
 
 def test_a_thread_that_runs_a_loop_is_told_from_one_that_does_not(portal):
