@@ -25,6 +25,7 @@ from agents.mcp import (
 from agents.mcp.server import RequireApprovalSetting
 from agents.tool import ToolErrorFunction
 from billiard.exceptions import SoftTimeLimitExceeded
+from mcp import MCPError
 
 from .exceptions import MCPCeleryError, ToolError, TransportError
 
@@ -218,6 +219,7 @@ class TaskServer(MCPServer):
             UserError: A parameter is missing that the tool requires, by the last listing. Nothing was sent.
             MCPCeleryError: As `MCPSession.call_tool`, and a `UserError` as well; but an answer of the tool that says
                 `isError` is returned, for the model to read.
+            Exception: What a method of the task has raised (`on_elicitation`), and a `UserError` as well.
         """
         tool = next((tool for tool in self._tools or () if tool.name == tool_name), None)
         self._check_required(tool, tool_name, arguments)
@@ -232,6 +234,11 @@ class TaskServer(MCPServer):
             return await self._ask(call, may_run_twice=may_run_twice)
         except MCPCeleryError as exc:
             raise _for_runner(exc) from exc
+        except (MCPError, UserError):
+            raise
+        except Exception as exc:
+            # Of a method of the task that was asked meanwhile: as without an agent, it ends the call and the task.
+            raise _final(exc) from exc
 
     def _check_required(self, tool: types.Tool | None, name: str, arguments: dict[str, Any] | None) -> None:
         required = tool.input_schema.get("required") if tool is not None else None
@@ -347,6 +354,8 @@ class TaskServer(MCPServer):
 def _tell_or_raise(function: ToolErrorFunction, context: RunContextWrapper[Any], error: Exception) -> Any:
     if (limit := _limit_in(error)) is not None:
         raise _for_runner(limit)
+    if isinstance(error, _TaskMethodError):
+        raise error
     if isinstance(error, TransportError):
         if function is default_tool_error_function:  # it asks for another try
             known = "may or may not have run: find out before you call it again" if error.sent else "did not run"
@@ -363,22 +372,34 @@ def _limit_in(error: BaseException | None) -> SoftTimeLimitExceeded | None:
     return error
 
 
-def _for_runner(exc: Exception) -> Exception:
+class _TaskMethodError(UserError):
+    """What a method of the task has raised: nothing for a model to act on."""
+
+
+def _final(exc: Exception) -> Exception:
+    """Return *exc* as an error that ends the run."""
+    try:
+        return _for_runner(exc, _TaskMethodError)
+    except TypeError:  # of a class that may have no subclasses, or whose objects are made otherwise
+        return _TaskMethodError(f"A method of the task has failed: {type(exc).__name__}")
+
+
+def _for_runner(exc: Exception, base: type[UserError] = UserError) -> Exception:
     """Return *exc* as an error that agents' runner lets through: it wraps all but its own."""
-    kind = _passing(type(exc))
+    kind = _passing(type(exc), base)
     error = kind.__new__(kind, *exc.args)  # constructors of the two differ
     vars(error).update(vars(exc), run_data=None)
     return error
 
 
-def _passing(kind: type[Exception]) -> type[Exception]:
-    """Return a class that is *kind* by its name, by `except` and in result backends, and a `UserError` as well."""
+def _passing(kind: type[Exception], base: type[UserError]) -> type[Exception]:
+    """Return a class that is *kind* by its name, by `except` and in result backends, and *base* as well."""
 
     def reduce(self: Exception) -> tuple[type[Exception], tuple[Any, ...]]:
         return kind, self.args
 
     names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce__": reduce}
-    return cast("type[Exception]", type(kind.__name__, (kind, UserError), names))
+    return cast("type[Exception]", type(kind.__name__, (kind, base), names))
 
 
 def _copies(tools: Sequence[types.Tool]) -> list[types.Tool]:

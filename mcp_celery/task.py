@@ -72,6 +72,8 @@ class MCPTask(Task):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if not isinstance(cls.mcp_server, str | None) or isinstance(cls.mcp_servers, str):
+            raise ConfigurationError("mcp_server is the name of one server; several go into mcp_servers, as a tuple")
         header = cls.__dict__.get("__header__")
         if header is not None:
             cls.__header__ = staticmethod(_without_session(header.__func__))

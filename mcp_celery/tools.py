@@ -45,16 +45,26 @@ def tool(
         name: The tool.
         arguments: Arguments of the tool, for those that cannot be written as keyword arguments here.
         into: The argument of the tool that is to be the result of the previous step. Else that result is dropped.
+            Where that is `{"result": x}` and no more, as servers of the Python SDK wrap plain values, it is x.
         timeout: Seconds for the whole call; then it is cancelled at the server.
         mcp_session: A session that you keep, to continue it.
         more_arguments: Arguments of the tool.
 
     Raises:
-        ConfigurationError: *server* is a URL: those may hold credentials, and signatures show their arguments. Or the
-            argument *into* is given as well.
+        ConfigurationError: *server* is a URL: those may hold credentials, and signatures show their arguments. Or an
+            argument is given twice, or is of the wrong type.
     """
     if "://" in server:
         raise ConfigurationError("tool() takes the name of a server in mcp_servers: put the URL there")
+    if not isinstance(arguments, Mapping | None):
+        raise ConfigurationError(f"The arguments of tool {name!r} are a mapping of names to values")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
+        raise ConfigurationError(
+            f"timeout is a number of seconds; an argument of tool {name!r} by that name goes into the mapping"
+        )
+    twice = sorted((arguments or {}).keys() & more_arguments.keys())
+    if twice:
+        raise ConfigurationError(f"Given twice to tool {name!r}: {', '.join(twice)}")
     arguments = {**(arguments or {}), **more_arguments}
     if into in arguments:
         raise ConfigurationError(f"The argument {into!r} of tool {name!r} is given, and is to be the previous result")
@@ -104,9 +114,16 @@ def call_tool(
                 f"Tool {tool!r} takes the previous result into {into!r}, and {len(previous) or 'no'} results came: it "
                 "is for a step that follows another one, and not for .si() or set(immutable=True)"
             )
-        arguments = {**arguments, into: previous[0]}
+        arguments = {**arguments, into: unwrapped(previous[0])}
     session = execution.session(server)
     return result_of(session.call_tool(tool, dict(arguments), timeout=timeout, check_arguments=True))
+
+
+def unwrapped(result: Any) -> Any:
+    """Return x for `{"result": x}`, in which servers of the Python SDK wrap plain values; also within a list."""
+    if isinstance(result, list):
+        return [unwrapped(item) for item in result]
+    return result["result"] if isinstance(result, dict) and result.keys() == {"result"} else result
 
 
 def result_of(answer: "CallToolResult") -> Any:

@@ -33,16 +33,17 @@ def notebook(tmp_path):
     server.kill()
 
 
-def invoke(function, argument):
-    command = [sys.executable, "-m", "examples.serverless.functions", function, argument]
-    return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+def invoke(*arguments, given=None):
+    command = [sys.executable, "-m", "examples.serverless.functions", *arguments]
+    run = subprocess.run(command, cwd=_ROOT, input=given, capture_output=True, text=True, timeout=60, check=True)
+    return run.stdout.strip()
 
 
 def test_a_function_continues_the_session_of_one_that_ran_in_another_process(notebook, record):
     recorder = record(notebook)
     handle = invoke("begin", recorder.url)
     recorder.clear()
-    assert invoke("finish", handle) == "1050.0"
+    assert invoke("finish", given=handle) == "1050.0"
     assert recorder.methods() == ["POST tools/call", "POST tools/list", "DELETE"]
     assert {exchange.session_id for exchange in recorder.exchanges} == {SessionHandle.load(handle).session_id}
 

@@ -180,6 +180,8 @@ class Answering(MCPTask):
     mcp_server = "server"
 
     def on_elicitation(self, params):
+        if params.message == "whether":
+            raise LookupError("nobody knows")
         return {"answer": f"to {params.message} in {threading.current_thread().name}"}
 
 
@@ -203,6 +205,13 @@ def ask(request):
     yield ask
     app.close()
     close_portal()
+
+
+def test_an_error_of_what_the_task_answers_with_ends_the_run_and_is_not_for_the_model(recorded_peer, ask):
+    recorder = recorded_peer("python")
+    with pytest.raises(LookupError, match="nobody knows"):
+        ask(recorder.url, [Call("ask_user", {"question": "whether"})], "not asked again")
+    assert sum(map(is_call, recorder.exchanges)) == 1
 
 
 def test_what_a_server_asks_an_agent_is_answered_by_the_task_in_its_thread(recorded_peer, ask):
@@ -292,7 +301,7 @@ def test_a_filter_that_is_a_function_sees_agent_and_tool_and_leaves_out_what_it_
         return await agent.get_mcp_tools(result.context_wrapper)
 
     shown = asyncio.run(tools())
-    assert sorted(tool.name for tool in shown) == ["add", "echo", "say", "slow"]
+    assert sorted(tool.name for tool in shown) == ["add", "echo", "slow"]
     assert all(tool.description != "changed" for tool in shown)
     assert seen == {("notes", "tester")}
     assert "'fail' of server 'notes'" in caplog.text

@@ -6,6 +6,7 @@ import traceback
 import pytest
 from celery import Celery
 
+from mcp_celery import MCPTask
 from mcp_celery.exceptions import ConfigurationError
 from mcp_celery.redis_store import get_store
 from mcp_celery.settings import (
@@ -459,3 +460,9 @@ def test_an_interrupted_call_is_an_error_or_made_again(value):
 def test_the_largest_result_is_a_number_of_bytes(value):
     with pytest.raises(ConfigurationError, match="mcp_journal_max_result_bytes"):
         journal_settings(conf_of(mcp_journal_max_result_bytes=value), True, None)
+
+
+@pytest.mark.parametrize("options", [{"mcp_server": ("a", "b")}, {"mcp_servers": "a"}])
+def test_one_server_and_several_are_not_taken_for_each_other(options):
+    with pytest.raises(ConfigurationError, match="several go into mcp_servers"):
+        type("OfPeers", (MCPTask,), options)

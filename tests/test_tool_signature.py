@@ -11,7 +11,7 @@ from mcp_types import CallToolResult, ImageContent, TextContent
 from mcp_celery import ConfigurationError, MCPTask, SessionHandle, SessionHandleError, ToolError, TransportError, tool
 from mcp_celery.listings import problem_with_arguments
 from mcp_celery.testing import eager_sessions
-from mcp_celery.tools import result_of
+from mcp_celery.tools import result_of, unwrapped
 
 
 @pytest.fixture
@@ -235,3 +235,29 @@ def test_workers_of_an_app_without_servers_look_after_no_sessions():
     # In a process of its own: other tests may have tasks that all apps share.
     done = subprocess.run([sys.executable, "-c", PLAIN_APP], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: tool("peer", "add", [1, 2]), "are a mapping"),
+        (lambda: tool("peer", "add", {"a": 1}, a=2, b=3), "Given twice to tool 'add': a"),
+        (lambda: tool("peer", "add", timeout="soon"), "timeout is a number of seconds"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_where_it_is_written(make, text):
+    with pytest.raises(ConfigurationError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("result", "bound"),
+    [
+        ({"result": 3}, 3),
+        ([{"result": 3}, "text"], [3, "text"]),
+        ({"result": 3, "more": 4}, {"result": 3, "more": 4}),
+        ("text", "text"),
+    ],
+)
+def test_a_plain_value_that_a_server_has_wrapped_is_bound_as_it_was(result, bound):
+    assert unwrapped(result) == bound

@@ -4,8 +4,10 @@
 `finish` continues the session wherever it runs, and ends it. Each command is an invocation, in a process of its own:
 
     python -m examples.notebook.server &
-    handle=$(python -m examples.serverless.functions begin http://127.0.0.1:8000/mcp)
-    python -m examples.serverless.functions finish "$handle"
+    python -m examples.serverless.functions begin http://127.0.0.1:8000/mcp > handle
+    python -m examples.serverless.functions finish < handle
+
+(The server takes a second to start.) Whoever has a handle can use the session, so it is in no command line.
 """
 
 import asyncio
@@ -32,5 +34,10 @@ async def finish(handle: str) -> str:
 
 
 if __name__ == "__main__":
-    function = {"begin": begin, "finish": finish}[sys.argv[1]]
-    print(asyncio.run(function(sys.argv[2])))
+    match sys.argv[1:]:
+        case ["begin", url]:
+            print(asyncio.run(begin(url)))
+        case ["finish"]:
+            print(asyncio.run(finish(sys.stdin.read())))
+        case _:
+            sys.exit("begin URL, or finish < HANDLE")
