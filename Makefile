@@ -1,7 +1,7 @@
 # Needs Python 3.11 or later with venv, and make; the rest is installed into .venv.
 PYTHON ?= python3
 # How many tests run side by side; most of them wait for other processes.
-JOBS ?= 2
+JOBS ?= 3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
