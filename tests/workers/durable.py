@@ -37,6 +37,8 @@ app.conf.update(
         "visibility_timeout": float(os.environ.get("VISIBILITY", "3600")),
         "unacked_restore_interval": 0.3,
         "unacked_restore_throttle": 1,
+        # Who is killed while it restores messages would keep others from it for 5 minutes.
+        "unacked_mutex_expire": 2,
     },
 )
 journal.LEASE_SECONDS = float(os.environ.get("LEASE", journal.LEASE_SECONDS))
