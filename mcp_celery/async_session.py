@@ -210,7 +210,8 @@ class AwaitedSession(SessionFace):
         try:
             await asyncio.wait([call])
         except BaseException:
-            call.cancel()
+            if not call.cancelling():  # by the end of the task
+                call.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([call])
             if not call.cancelled():

@@ -6,6 +6,7 @@ What interrupts the thread (a soft time limit, the end of its process) is raised
 import asyncio
 import concurrent.futures
 import gc
+import logging
 import threading
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ import anyio
 from celery._state import pop_current_task, push_current_task
 
 from .exceptions import SessionError
-from .portal import CLEAN_UP_SECONDS, Caller, Callers, Portal, get_portal
+from .portal import CLEAN_UP_SECONDS, Caller, Callers, Portal, get_portal, started_tasks
 
 T = TypeVar("T")
 
@@ -42,8 +43,8 @@ class Nested:
             self.run.abandon()
 
 
-#: The calls that a coroutine, and all that it has started, have under way.
-_calls: ContextVar["set[asyncio.Task[Any]] | None"] = ContextVar("mcp_celery_calls", default=None)
+logger = logging.getLogger(__name__)
+
 _nested: ContextVar[Nested | None] = ContextVar("mcp_celery_nested", default=None)
 
 
@@ -52,7 +53,8 @@ def run_to_end(task: Any, coroutine: Coroutine[Any, Any, T]) -> T:
 
     An `Exception` that is raised in the waiting thread (SoftTimeLimitExceeded) is raised in the coroutine, which may
     catch it and go on. What is to end the thread (SystemExit, KeyboardInterrupt) is raised there too, and goes on once
-    the coroutine has ended, after `CLEAN_UP_SECONDS` at the latest.
+    the coroutine has ended, after `CLEAN_UP_SECONDS` at the latest. An `Exception` that comes when the coroutine has
+    ended, and its outcome is on its way here, is dropped.
 
     Raises:
         SessionError: It was called on the event loop.
@@ -101,12 +103,10 @@ def _wait_for(run: "CoroutineRun", portal: Portal, callers: Callers) -> Outcome:
 
 
 def begin_call(call: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-    """Run *call* as an asyncio task, which ends with the Celery task at the latest."""
-    task = asyncio.create_task(call, name=name)
-    if (calls := _calls.get()) is not None:
-        calls.add(task)
-        task.add_done_callback(calls.discard)
-    return task
+    """Run *call* as an asyncio task, which ends with the Celery task at the latest. What it starts may go on."""
+    context = copy_context()
+    context.run(started_tasks.set, None)
+    return asyncio.create_task(call, name=name, context=context)
 
 
 async def in_thread(function: Callable[[], T]) -> T:
@@ -161,7 +161,7 @@ class CoroutineRun:
         #: What is still to be raised in the coroutine.
         self._pending: BaseException | None = None
         self._interruption: BaseException | None = None
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._started: set[asyncio.Task[Any]] = set()
         #: Whether the loop runs `go_on`.
         self.is_waited_for = False
         #: Whether it has, since this was reset.
@@ -198,22 +198,45 @@ class CoroutineRun:
             self._task.cancel()
 
     async def _to_end(self) -> Outcome:
-        _calls.set(self._calls)
+        started_tasks.set(self._started)
         try:
             return Outcome(await self)
         except BaseException as exc:  # noqa: BLE001 - raised in the task's thread: here SystemExit would end the loop
             return Outcome(None, self._surfacing(exc))
         finally:
-            await self._end_calls()
+            with suppress(asyncio.CancelledError):  # what interrupts this comes too late to change the outcome
+                await self._end_started()
 
-    async def _end_calls(self) -> None:
-        """Cancel what nobody waits for any more: `asyncio.gather` leaves its other calls alone where one has failed."""
-        calls = list(self._calls)
-        for call in calls:
-            if not call.cancelling():
-                call.cancel()
-        if calls:
-            await asyncio.wait(calls, timeout=CLEAN_UP_SECONDS)
+    async def _end_started(self) -> None:
+        """Cancel what nobody waits for any more, as `asyncio.run` does, and wait for it, `CLEAN_UP_SECONDS` at most.
+
+        The other members of an `asyncio.gather` where one has failed, for instance.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + CLEAN_UP_SECONDS
+        while left := self._left_over():
+            for task in left:
+                if not task.cancelling():
+                    task.cancel()
+            ended, running = await asyncio.wait(left, timeout=max(0.0, deadline - loop.time()))
+            for task in ended:
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    message = "Unhandled exception in what a task has left behind"
+                    loop.call_exception_handler({"message": message, "exception": error, "task": task})
+            if running:
+                names = ", ".join(sorted(task.get_name() for task in running))
+                logger.warning("Task %s has ended, and left what does not end: %s", self._celery_task.name, names)
+                return
+
+    def _left_over(self) -> list[asyncio.Task[Any]]:
+        """Find what this has started and is not ended by others.
+
+        A member of anyio's task groups is: it may be one of the SDK's client, and to cancel it would end the session.
+        """
+        if not self._started:
+            return []
+        members = {info.id for info in anyio.get_running_tasks() if info.parent_id is not None}
+        return [task for task in self._started if not task.done() and id(task) not in members]
 
     def __await__(self) -> Generator[Any, Any, Any]:
         """Run the coroutine step by step, each as Celery would run a function: with the current task and its request.

@@ -12,8 +12,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 #: How long an interrupted call may take to clean up on the loop (a cancellation sent to the server, for instance).
 CLEAN_UP_SECONDS = 6.0
+
+#: Where what is started on the loop of the process, in this context, is kept until it has ended; None: nowhere.
+started_tasks: "ContextVar[set[asyncio.Task[Any]] | None]" = ContextVar("mcp_celery_started_tasks", default=None)
 
 
 def threads_of_this_process() -> Threads:
@@ -215,6 +219,7 @@ class Portal:
         async def stay() -> None:
             ended = asyncio.Event()
             self._loop, self._end = asyncio.get_running_loop(), ended.set
+            self._loop.set_task_factory(_new_task)
             started.done()
             if self._is_wanted:
                 await ended.wait()
@@ -248,6 +253,7 @@ class Portal:
             if not self._is_wanted:
                 caller.done()
                 return
+            started_tasks.set(None)  # this callback has a context of its own: the thread that waits ends what it calls
             task = self._loop.create_task(function())
             started.append(task)
             task.add_done_callback(lambda _: caller.done())
@@ -284,6 +290,7 @@ class Portal:
         started: list[asyncio.Task[T]] = []
 
         def start() -> None:
+            started_tasks.set(None)  # as above
             started.append(self._loop.create_task(function()))
             started[0].add_done_callback(lambda _: caller.done())
 
@@ -344,6 +351,18 @@ class Portal:
 
 def _raise(exc: BaseException) -> NoReturn:
     raise exc
+
+
+def _new_task(
+    loop: "asyncio.AbstractEventLoop", coroutine: "Coroutine[Any, Any, T] | Generator[Any, None, T]", **options: Any
+) -> "asyncio.Task[T]":
+    import asyncio  # noqa: PLC0415 - as above
+
+    task = asyncio.Task(coroutine, loop=loop, **options)
+    if (started := started_tasks.get()) is not None:
+        started.add(task)
+        task.add_done_callback(started.discard)
+    return task
 
 
 _lock = threading.Lock()

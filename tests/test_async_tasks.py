@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import threading
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from functools import partial, wraps
 
@@ -16,7 +16,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from mcp import Client
 from pydantic import BaseModel
 
-from mcp_celery import MCPTask, signals
+from mcp_celery import MCPTask, coroutines, signals
 from mcp_celery.exceptions import ConfigurationError, SessionError, ToolError, TransportError
 from mcp_celery.portal import close_portal, get_portal
 from mcp_celery.testing import eager_sessions
@@ -408,6 +408,173 @@ def test_elsewhere_the_asynchronous_face_says_what_to_do(task):
             wrong()
     with pytest.raises(ConfigurationError, match="while task"):
         _ = plain.amcp
+
+
+# -- What is left at the end
+
+
+def names_on_loop():
+    """The names of what runs on the event loop of the process."""
+
+    async def names():
+        return {each.get_name() for each in asyncio.all_tasks()}
+
+    return get_portal().call(names)
+
+
+def test_what_a_task_has_started_ends_with_it_after_its_clean_up(task, recorder):
+    ended = []
+
+    async def poll(self):
+        try:
+            while True:
+                await asyncio.sleep(0.01)
+                await self.amcp.call_tool("echo", {"text": "x"})
+        finally:
+            await asyncio.sleep(0.01)
+            ended.append(self.request.id)
+
+    async def fail():
+        raise LookupError("at once")
+
+    async def start_another(self):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            asyncio.create_task(poll(self), name="left by what was left")  # noqa: RUF006 - it is to be forgotten
+
+    @task()
+    async def forgets(self):
+        asyncio.create_task(poll(self), name="left")  # noqa: RUF006 - the same
+        asyncio.create_task(start_another(self), name="left")  # noqa: RUF006 - the same
+        await self.amcp.call_tool("slow", {"steps": 1, "seconds": 0.05})
+        return "done"
+
+    @task()
+    async def fails(self):
+        await asyncio.gather(asyncio.create_task(poll(self), name="left"), fail())
+
+    @task()
+    async def outer(self):
+        await forgets()
+        await fails()
+
+    assert forgets.apply(task_id="forgets").get() == "done"
+    assert "forgets" in ended
+    with pytest.raises(LookupError):
+        fails()
+    assert len(ended) > 1
+    with pytest.raises(LookupError):
+        outer()
+    assert not {name for name in names_on_loop() if name.startswith("left")}
+    assert recorder.methods().count("DELETE") == recorder.methods().count("POST initialize")
+
+
+def test_what_a_task_has_started_is_left_alone_while_another_one_ends(task):
+    still = []
+
+    async def wait_for_other(other_has_ended):
+        await eventually(other_has_ended.is_set)
+        still.append("runs")
+
+    @task()
+    async def ends(self):
+        await self.amcp.call_tool("echo", {"text": "x"})
+
+    @task()
+    async def stays(self):
+        other_has_ended = asyncio.Event()
+        waiting = asyncio.create_task(wait_for_other(other_has_ended))
+        await ends()
+        await asyncio.to_thread(ends)
+        other_has_ended.set()
+        await waiting
+
+    stays()
+    assert still == ["runs"]
+
+
+def test_a_session_ends_well_though_the_client_was_used_in_the_background(task, recorder):
+    @task()
+    async def step(self):
+        await self.amcp.open()
+        left = asyncio.create_task(self.amcp.client.call_tool("slow", SLOW))
+        await eventually(lambda: any(map(is_call, recorder.exchanges)))
+        assert not left.done()
+
+    step()
+    assert recorder.methods()[-2:] == ["POST notifications/cancelled", "DELETE"]
+    assert was_cancelled(recorder)
+
+
+def test_an_error_at_the_end_of_what_is_left_is_logged_and_harms_no_task(task, caplog):
+    async def fails_at_the_end():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise LookupError("while it was cancelled")
+
+    @task()
+    async def step(self):
+        asyncio.create_task(fails_at_the_end())  # noqa: RUF006 - it is to be forgotten
+        await asyncio.sleep(0)
+        return "done"
+
+    assert step() == "done"
+    assert "while it was cancelled" in caplog.text
+
+
+def test_what_does_not_end_is_left_with_a_warning(task, caplog, monkeypatch):
+    monkeypatch.setattr(coroutines, "CLEAN_UP_SECONDS", 0.05)
+    left = asyncio.Event()
+
+    async def stay():
+        while not left.is_set():
+            with suppress(asyncio.CancelledError):
+                await left.wait()
+
+    @task()
+    async def step(self):
+        asyncio.create_task(stay(), name="stubborn")  # noqa: RUF006 - it is to be forgotten
+        await asyncio.sleep(0)
+        return "done"
+
+    async def let_go():
+        left.set()
+
+    assert step() == "done"
+    assert "stubborn" in caplog.text
+    get_portal().call(let_go)
+
+
+def test_an_interruption_once_the_function_has_ended_harms_no_result(task, caplog):
+    """It comes while what the function has left is about to end."""
+    before = signal.getsignal(signal.SIGUSR1)
+    interrupted = []
+
+    def handler(*_):
+        interrupted.append(True)
+        raise SoftTimeLimitExceeded
+
+    async def be_slow():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await eventually(lambda: interrupted)
+
+    @task()
+    async def step(self):
+        asyncio.create_task(be_slow())  # noqa: RUF006 - it is to be forgotten
+        await asyncio.sleep(0)
+        return "done"
+
+    signal.signal(signal.SIGUSR1, handler)
+    try:
+        assert step() == "done"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert interrupted == [True]
 
 
 # -- Interrupts
