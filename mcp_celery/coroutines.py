@@ -7,7 +7,6 @@ import asyncio
 import concurrent.futures
 import gc
 import logging
-import threading
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
@@ -20,6 +19,7 @@ from celery._state import pop_current_task, push_current_task
 
 from .exceptions import SessionError
 from .portal import CLEAN_UP_SECONDS, Caller, Callers, Portal, get_portal, started_tasks
+from .threads import start_beside
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ async def in_thread(function: Callable[[], T]) -> T:
 
     context.run(_nested.set, nested)
     # Of its own: pools have limits, and who waits in one for what waits for it would wait for ever.
-    threading.Thread(target=work, name="mcp_celery task", daemon=True).start()
+    start_beside(loop, work, "mcp_celery task")
     try:
         await asyncio.wait([done])
     except BaseException:

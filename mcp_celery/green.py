@@ -105,6 +105,10 @@ class LoopBesideGreenlets(asyncio.SelectorEventLoop):
             return super().run_in_executor(executor, func, *args)
         return self.create_task(self.aside(func, *args))
 
+    def start_greenlet(self, function: Callable[[], object]) -> None:
+        """Run *function* in a greenlet of the hub."""
+        self._hub.loop.run_callback_threadsafe(gevent.spawn, function)
+
     async def aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run *function* in a greenlet of the hub, in the context of the caller."""
         outcome: asyncio.Future[Any] = self.create_future()
@@ -122,6 +126,6 @@ class LoopBesideGreenlets(asyncio.SelectorEventLoop):
             else:
                 tell(outcome.set_result, result)
 
-        self._hub.loop.run_callback_threadsafe(gevent.spawn, run_and_tell)
+        self.start_greenlet(run_and_tell)
         with anyio.CancelScope(shield=True):  # as in a thread: it is not left alone
             return await outcome

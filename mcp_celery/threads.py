@@ -56,6 +56,18 @@ class Threads:
         return asyncio.new_event_loop()
 
 
+def start_beside(loop: "asyncio.AbstractEventLoop", function: Callable[[], object], name: str) -> None:
+    """Run *function*, which may wait for *loop*, in a thread of its own; beside the loop of `Greenlets` in a greenlet.
+
+    Runs in the loop's thread.
+    """
+    start = getattr(loop, "start_greenlet", None)
+    if start is None:
+        threading.Thread(target=function, name=name, daemon=True).start()
+    else:
+        start(function)
+
+
 async def aside(function: Callable[..., T], *arguments: Any) -> T:
     """Run *function*, which may block, beside the event loop, in the context of the caller.
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from functools import partial
 
 from celery.signals import worker_init
 from processes import wait_until
@@ -47,6 +48,25 @@ def sees_loop(self):
     seen = [is_seen()]
     self.mcp.call_tool("slow", {"steps": 2, "seconds": 0.01}, on_progress=lambda *_: seen.append(is_seen()))
     return [*seen, is_seen()]
+
+
+@task(base=PeerTask, bind=True)
+async def remembers(self, value):
+    await self.amcp.call_tool("set_variable", {"name": "x", "value": value})
+    return [self.amcp.handle.short_id, await returns(value)]
+
+
+@task(base=PeerTask, bind=True)
+async def returns(self, value):
+    await asyncio.sleep(0)
+    return [self.request.called_directly, value]
+
+
+@task(base=PeerTask, bind=True)
+async def recalls(self, before):
+    call = partial(self.amcp.call_tool, "get_variable", {"name": "x"})
+    found = [result.content[0].text for result in await asyncio.gather(call(), call(), call())]
+    return [*before, found, self.amcp.handle.short_id == before[0], await asyncio.to_thread(lambda: self.request.id)]
 
 
 @task(base=PeerTask, bind=True, mcp_durable=True, acks_late=True, reject_on_worker_lost=True)

@@ -72,6 +72,15 @@ def test_a_chain_keeps_its_session(project):
 
 
 @in_pools(*POOLS)
+def test_a_chain_of_async_steps_keeps_its_session_and_calls_at_once(project):
+    t = project.tasks
+    result = chain(t.remembers.s("red"), t.recalls.s()).apply_async()
+    _, *rest = result.get(timeout=30)
+    assert rest == [[True, "red"], ["red"] * 3, True, result.id]
+    assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, *[CALL] * 4, "DELETE"]
+
+
+@in_pools(*POOLS)
 def test_a_fan_out_keeps_its_session(project):
     t = project.tasks
     header = group(t.recall.s("x"), t.recall.s("x"), t.recall.s("x"))
