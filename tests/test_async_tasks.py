@@ -14,6 +14,7 @@ from calls import eventually, is_call, is_cancellation, text_of
 from celery import Celery, current_task
 from celery.exceptions import SoftTimeLimitExceeded
 from mcp import Client
+from processes import wait_until
 from pydantic import BaseModel
 
 from mcp_celery import MCPTask, coroutines, signals
@@ -492,6 +493,24 @@ def test_what_a_task_has_started_is_left_alone_while_another_one_ends(task):
 
     stays()
     assert still == ["runs"]
+
+
+def test_a_plain_task_that_was_started_in_a_thread_goes_on_as_the_thread_does(task, recorder):
+    done = []
+
+    @task()
+    def plain(self):
+        done.append(text_of(self.mcp.call_tool("slow", {"steps": 3, "seconds": 0.1})))
+
+    @task()
+    async def step(self):
+        asyncio.create_task(asyncio.to_thread(plain))  # noqa: RUF006 - it is to be forgotten
+        await eventually(lambda: any(map(is_call, recorder.exchanges)))
+        assert not done
+
+    step()
+    wait_until(lambda: done)
+    recorder.wait_for(lambda exchange: exchange.method == "DELETE")
 
 
 def test_a_session_ends_well_though_the_client_was_used_in_the_background(task, recorder):
