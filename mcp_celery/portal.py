@@ -42,9 +42,9 @@ def threads_of_this_process() -> Threads:
         ConfigurationError: It has greenlets of eventlet, whose locks break where a thread of the operating system
             uses them as well: who waits for one is woken in the wrong thread, which fails, and waits for ever.
     """
-    patched_by = _thread.start_new_thread.__module__.partition(".")[0]
-    if patched_by == _thread.__name__:
+    if not is_green():
         return Threads()
+    patched_by = _thread.start_new_thread.__module__.partition(".")[0]
     if patched_by != "gevent":
         raise ConfigurationError(
             f"MCP tasks do not run under {patched_by}: use the worker pool prefork, threads, gevent or solo"
@@ -319,12 +319,7 @@ class Portal:
 
     def is_current(self) -> bool:
         """Whether the calling thread is that of the loop, where to wait for the loop would be a deadlock."""
-        import asyncio  # noqa: PLC0415 - as above
-
-        try:
-            return asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            return False
+        return _running_loop() is self._loop
 
     def on_close(self, function: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Have `await function()` run on the loop when the portal closes; the last added first."""
@@ -414,13 +409,16 @@ def is_on_loop() -> bool:
 
 def in_loop_thread() -> bool:
     """Whether the calling thread runs an event loop, where waiting for the portal would be a deadlock."""
+    return _running_loop() is not None
+
+
+def _running_loop() -> "asyncio.AbstractEventLoop | None":
     import asyncio  # noqa: PLC0415 - as above
 
     try:
-        asyncio.get_running_loop()
+        return asyncio.get_running_loop()
     except RuntimeError:
-        return False
-    return True
+        return None
 
 
 def is_green() -> bool:
