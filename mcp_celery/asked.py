@@ -1,15 +1,15 @@
 """What servers ask and tell a task while one of its calls is under way: sampling, elicitation, roots, logs.
 
 A task answers by methods of its own (`on_sampling`, `on_elicitation`, `on_list_roots`, `on_log`). Those that are
-coroutine functions run on the event loop, the others in the task's thread, which waits for the call meanwhile. What it
-has no method for is declined at once (MCP 2025-11-25, Client Features).
+coroutine functions run on the event loop, the others in the task's thread, which waits for the call meanwhile; what
+they return is awaited where it can be. What it has no method for is declined at once (MCP 2025-11-25, Client Features).
 """
 
 import asyncio
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -18,12 +18,13 @@ from typing import Any, Protocol, TypeVar
 
 import anyio
 import mcp_types as types
+from billiard.exceptions import SoftTimeLimitExceeded
 from mcp import MCPError
 from mcp.client import ClientRequestContext
 from mcp.shared.dispatcher import ProgressFnT
 
 from .handle import short_hash
-from .portal import Callers
+from .portal import CLEAN_UP_SECONDS, Callers
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ _logger = logging.getLogger(__name__)
 SAMPLING_REJECTED = types.ErrorData(code=-1, message="User rejected sampling request")
 #: MCP 2025-11-25, Roots, Error Handling.
 ROOTS_UNKNOWN = types.ErrorData(code=types.METHOD_NOT_FOUND, message="Roots not supported")
+_HAS_ENDED = "The call to which this belongs has ended"
 _DECLINED = types.ElicitResult(action="decline")
 
 #: Which method of a task answers which request.
@@ -102,7 +104,7 @@ class CallUnderWay:
         self.ended.set()
         for future in self._unanswered:
             if not future.done():
-                future.set_exception(MCPError(types.CONNECTION_CLOSED, "The call to which this belongs has ended"))
+                future.set_exception(MCPError(types.CONNECTION_CLOSED, _HAS_ENDED))
 
     async def answer_of(self, future: asyncio.Future[T]) -> T:
         """Wait for an answer that comes from a thread, until the call ends."""
@@ -111,6 +113,24 @@ class CallUnderWay:
             return await future
         finally:
             self._unanswered.discard(future)
+
+    async def outcome_of(self, awaitable: Awaitable[T]) -> T:
+        """Wait for what runs on the loop, until the call ends, which cancels that.
+
+        Raises:
+            MCPError: The call has ended.
+        """
+        task, ended = asyncio.ensure_future(awaitable), asyncio.create_task(self.ended.wait())
+        try:
+            await asyncio.wait([task, ended], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise MCPError(types.CONNECTION_CLOSED, _HAS_ENDED)
+            return task.result()
+        finally:
+            ended.cancel()
+            if task.cancel():
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait([task], timeout=CLEAN_UP_SECONDS)
 
 
 #: The call to which a message of the server belongs: the transport hands on each in the context of its request.
@@ -233,7 +253,7 @@ class Asked:
         """
         call = current_call()
         try:
-            return read(await self._run(getattr(self._task, name), *args))
+            return read(await self._run(name, *args, until=call))
         except MCPError as exc:
             is_left = call is not None and call.has_ended
             if exc.code == types.CONNECTION_CLOSED and not is_left:
@@ -248,16 +268,31 @@ class Asked:
             code = types.CONNECTION_CLOSED if is_left else types.INTERNAL_ERROR
             return types.ErrorData(code=code, message=f"{name} has failed")
 
-    async def _run(self, hook: Callable[..., Any], *args: object) -> Any:
-        """Run a method of the task where it belongs, and return what it returns."""
-        if inspect.iscoroutinefunction(hook):
-            return await hook(*args)
-        loop = asyncio.get_running_loop()
+    async def _run(self, name: str, *args: object, until: CallUnderWay | None) -> Any:
+        """Run a method of the task where it belongs, and return what it returns.
+
+        It is given up when the call *until* ends. What it raises is raised here; but a time limit that no call would
+        raise goes on in the thread of the task.
+        """
+        hook: Callable[..., Any] = getattr(self._task, name)
+        outcome = hook(*args) if inspect.iscoroutinefunction(hook) else await self._in_thread(name, hook, args, until)
+        if not inspect.isawaitable(outcome):
+            return outcome
+        return await (outcome if until is None else until.outcome_of(outcome))
+
+    async def _in_thread(
+        self, name: str, hook: Callable[..., Any], args: tuple[object, ...], until: CallUnderWay | None
+    ) -> Any:
+        loop, call = asyncio.get_running_loop(), current_call()
         future: asyncio.Future[Any] = loop.create_future()
 
         def tell(set_outcome: Callable[[Any], None], outcome: object) -> None:
             if not future.done():
                 set_outcome(outcome)
+            elif isinstance(outcome, Exception):
+                _fail(None, name, outcome)
+            elif inspect.iscoroutine(outcome):
+                outcome.close()
 
         def run() -> None:
             if future.done():
@@ -265,15 +300,15 @@ class Asked:
             try:
                 outcome = hook(*args)
             except Exception as exc:
-                if future.done():  # nobody waits for it any more: it may be a time limit
+                is_raised_by_call = call is not None and not call.has_ended and not future.done()
+                if isinstance(exc, SoftTimeLimitExceeded) and not is_raised_by_call:
                     raise
                 loop.call_soon_threadsafe(tell, future.set_exception, exc)
             else:
                 loop.call_soon_threadsafe(tell, future.set_result, outcome)
 
         self._callers.run(run)
-        call = current_call()
-        return await (future if call is None else call.answer_of(future))
+        return await (future if until is None else until.answer_of(future))
 
     # -- Logs
 
@@ -281,8 +316,11 @@ class Asked:
         self, server: str, session_id: Callable[[], str | None], params: types.LoggingMessageNotificationParams
     ) -> None:
         call = current_call()
-        if (hook := getattr(self._task, "on_log", None)) is not None:
-            await self._hand_over(hook, params, call)
+        if getattr(self._task, "on_log", None) is not None:
+            try:
+                await self._run("on_log", params, until=None)  # what is logged last may come after the answer
+            except Exception as exc:  # noqa: BLE001 - the user's own code
+                _fail(call, "on_log", exc)
             return
         tool = call.tool if call is not None else None
         text = params.data if isinstance(params.data, str) else json.dumps(params.data, ensure_ascii=False, default=str)
@@ -299,18 +337,6 @@ class Asked:
             self._callers.run(log)
         else:
             log()
-
-    async def _hand_over(
-        self, on_log: Callable[..., Any], params: types.LoggingMessageNotificationParams, call: CallUnderWay | None
-    ) -> None:
-        """Have `on_log` take a message. What it raises ends the call, unless that has ended."""
-        if not inspect.iscoroutinefunction(on_log):
-            self._callers.run(partial(on_log, params))
-            return
-        try:
-            await on_log(params)
-        except Exception as exc:  # noqa: BLE001 - the user's own code
-            _fail(call, "on_log", exc)
 
 
 def _hidden(secret: str | None, text: str) -> str:

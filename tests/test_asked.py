@@ -1,5 +1,6 @@
 """What servers ask and tell a task meanwhile: answered by its methods, in its thread, or declined at once."""
 
+import asyncio
 import json
 import logging
 import threading
@@ -11,6 +12,7 @@ import anyio.lowlevel
 import pytest
 from calls import echo, eventually, is_call, is_cancellation, seen, text_of
 from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
 from mcp import Client, MCPError
 from mcp.shared.message import ClientMessageMetadata
 from mcp_types import (
@@ -22,14 +24,16 @@ from mcp_types import (
     CreateMessageResult,
     ElicitResult,
     ListRootsResult,
+    LoggingMessageNotificationParams,
     Root,
     TextContent,
 )
+from processes import wait_until
 
 from mcp_celery import ConfigurationError, MCPTask, TransportError
 from mcp_celery.asked import Asked, elicited, listed, sampled
 from mcp_celery.journal import Journal
-from mcp_celery.portal import Callers, close_portal
+from mcp_celery.portal import Caller, Callers, close_portal
 from mcp_celery.redis_store import RedisStore
 from mcp_celery.session import AsyncMCPSession, Connections
 from mcp_celery.settings import ServerSettings, StoreSettings
@@ -144,7 +148,8 @@ def test_what_a_task_has_no_method_for_is_not_advertised_and_declined_at_once(re
     recorder = recorded_peer(kind)
     sampling, elicitation, roots = run(recorder.url, Silent, ask_all, threads=[])
     assert capabilities(recorder) == {}
-    if answers(recorder):  # the TypeScript SDK can be told not to ask where nothing was advertised
+    if kind != "typescript":  # whose SDK does not ask where nothing was advertised
+        assert [exchange.status for exchange in answers(recorder)] == [202] * 3
         assert "User rejected sampling request" in sampling
         assert elicitation == "decline"
         assert "Roots not supported" in roots
@@ -287,7 +292,9 @@ def test_a_method_may_answer_with_an_error(recorded_peer, run, code):
 def test_an_answer_that_takes_long_is_no_silence_of_the_server(recorded_peer, run):
     class Pondering(Silent):
         def on_elicitation(self, params):
-            threading.Event().wait(0.8)
+            # Meanwhile the server answers to nothing for longer than it may.
+            with pytest.raises(TransportError):
+                self.mcp.call_tool("log_and_wait", {"seconds": 30})
             return {"answer": "at last"}
 
     def ask(self):
@@ -312,6 +319,83 @@ def test_a_call_that_times_out_while_it_is_answered_is_cancelled_and_the_session
 
     assert run(recorder.url, Waiting, ask) == "still here"
     assert any(map(is_cancellation, recorder.exchanges))
+
+
+def test_a_coroutine_function_is_cancelled_when_its_call_ends(recorded_peer, run):
+    cancelled = threading.Event()
+
+    class Waiting(Silent):
+        async def on_elicitation(self, params):
+            try:
+                await anyio.sleep(30)
+            finally:
+                cancelled.set()
+
+    def ask(self):
+        with pytest.raises(TransportError, match=r"within 0.3 s"):
+            self.mcp.call_tool("ask_user", {"question": "why"}, timeout=0.3)
+        return cancelled.wait(5)
+
+    assert run(recorded_peer("python").url, Waiting, ask)
+
+
+def test_what_a_method_returns_is_awaited_where_it_can_be(recorded_peer, run):
+    async def answer(message):
+        await anyio.lowlevel.checkpoint()
+        return {"answer": f"to {message}"}
+
+    class Sampling:
+        async def __call__(self, params):
+            await anyio.lowlevel.checkpoint()
+            return f"on {params.messages[0].content.text}"
+
+    class Deferring(Silent):
+        on_sampling = Sampling()
+
+        def on_elicitation(self, params):
+            return answer(params.message)
+
+        def on_log(self, params):
+            return note(params.data)
+
+    async def note(text):
+        noted.append(text)
+
+    def ask(self):
+        say(self, text="x")
+        model = text_of(self.mcp.call_tool("ask_model", {"prompt": "whales"}))
+        return model, text_of(self.mcp.call_tool("ask_user", {"question": "why"})), *wait_until(lambda: noted)
+
+    noted = []
+    assert run(recorded_peer("python").url, Deferring, ask) == ("unknown: on whales", "accept: to why", "x")
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_comes_to_be_awaited_after_the_call_has_ended_is_dropped(recorded_peer, run):
+    ended = threading.Event()
+
+    class Late(Silent):
+        def on_elicitation(self, params):
+            assert ended.wait(10)
+            return sleep()
+
+    async def sleep():
+        await anyio.sleep(30)
+
+    def ask(self):
+        def until_cancelled():
+            recorder.wait_for(is_cancellation)
+            ended.set()
+
+        waiting = threading.Thread(target=until_cancelled)
+        waiting.start()
+        with pytest.raises(TransportError, match=r"within 0.3 s"):
+            self.mcp.call_tool("ask_user", {"question": "why"}, timeout=0.3)
+        waiting.join()
+        return text_of(self.mcp.call_tool("echo", {"text": "still here"}))
+
+    recorder = recorded_peer("python")
+    assert run(recorder.url, Late, ask) == "still here"
 
 
 def test_a_url_is_given_to_the_task_as_it_is(recorded_peer, run):
@@ -494,6 +578,78 @@ def test_what_on_log_raises_ends_the_call(recorded_peer, run):
 
     with pytest.raises(LookupError, match="no more"):
         run(recorded_peer("python").url, Failing, slow)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_asynchronous", [False, True])
+async def test_what_on_log_raises_outside_of_a_call_is_logged_and_ends_no_other(caplog, is_asynchronous):
+    class Failing:
+        def on_log(self, params):
+            raise LookupError("no more")
+
+    class FailingOnTheLoop:
+        async def on_log(self, params):
+            raise LookupError("no more")
+
+    caller, callers = Caller(), Callers()
+    asked = Asked((FailingOnTheLoop if is_asynchronous else Failing)(), callers, logging.getLogger("asked.task"))
+    log = asked.callbacks("peer", lambda: None)["logging_callback"]
+    params = LoggingMessageNotificationParams(level="info", data="x")
+
+    def wait():
+        # As the next call does, which runs what is left over.
+        with callers.waiting(caller):
+            caller.serve()
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, wait)
+            await log(params)
+            caller.done()
+    assert [record.getMessage() for record in caplog.records] == ["on_log has failed outside of any call"]
+
+
+@pytest.mark.parametrize("is_asynchronous", [False, True])
+def test_what_on_log_raises_is_what_the_call_raises_also_in_an_async_task(recorded_peer, run, is_asynchronous):
+    class Failing(Silent):
+        def on_log(self, params):
+            raise LookupError("no more")
+
+    async def slow(self):
+        call = asyncio.create_task(self.amcp.call_tool("log_and_wait", {"seconds": 30}))
+        await asyncio.wait([call])
+        return repr(call.exception())
+
+    def slow_in_thread(self):
+        with pytest.raises(LookupError) as raised:
+            self.mcp.call_tool("log_and_wait", {"seconds": 30})
+        return repr(raised.value)
+
+    function = slow if is_asynchronous else slow_in_thread
+    assert run(recorded_peer("python").url, Failing, function) == "LookupError('no more')"
+
+
+@pytest.mark.anyio
+async def test_a_time_limit_that_strikes_while_on_log_runs_outside_of_a_call_ends_the_task(caplog):
+    class Struck:
+        def on_log(self, params):
+            raise SoftTimeLimitExceeded
+
+    caller, callers = Caller(), Callers()
+    asked = Asked(Struck(), callers, logging.getLogger("asked.task"))
+    log = asked.callbacks("peer", lambda: None)["logging_callback"]
+    params = LoggingMessageNotificationParams(level="info", data="x")
+
+    def wait():
+        with callers.waiting(caller), pytest.raises(SoftTimeLimitExceeded):
+            caller.serve()
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(log, params)
+            await anyio.to_thread.run_sync(wait)
+            tasks.cancel_scope.cancel()
+    assert not caplog.records
 
 
 def levels_asked_for(recorder):

@@ -208,6 +208,13 @@ def _offer_notifications(server: Any) -> None:
         return "said"
 
     @server.tool()
+    async def log_and_wait(seconds: float, ctx: Context) -> str:
+        """Log at once, then take *seconds*."""
+        await ctx.log("info", "about to wait")
+        await anyio.sleep(seconds)
+        return "waited"
+
+    @server.tool()
     async def announce(ctx: Context) -> str:
         """Say that the tools, resources and prompts have changed."""
         for kind, what in (
