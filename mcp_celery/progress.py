@@ -116,12 +116,16 @@ class TaskProgress:
             self._paused_until = time.monotonic() + PAUSE_SECONDS
 
     def _has_ended_elsewhere(self) -> bool:
-        """Whether the task has a final state: its time limit has struck, or a copy of its message was executed."""
-        from celery.backends.base import KeyValueStoreBackend  # noqa: PLC0415 - as above
+        """Whether the task has a final state: its time limit has struck, or a copy of its message was executed.
+
+        With rpc:// nobody can know: reading would take the state from who waits for it. Elsewhere it is read, and then
+        written: a final state that comes in between is written over.
+        """
+        from celery.backends.rpc import RPCBackend  # noqa: PLC0415 - as above
 
         backend = self._task.backend
-        if not isinstance(backend, KeyValueStoreBackend):
-            return False  # reading may take the state away, as with rpc://
+        if isinstance(backend, RPCBackend):
+            return False
         return backend.get_task_meta(self._request.id, cache=False)["status"] in READY_STATES
 
 

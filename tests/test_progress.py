@@ -1,5 +1,6 @@
 """Progress of servers becomes the state of the task: throttled, in its thread, and only while it runs."""
 
+import asyncio
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from calls import is_call, text_of
 from celery import Celery, uuid
+from celery.backends.base import BaseBackend
 from celery.exceptions import SoftTimeLimitExceeded
 from processes import wait_until
 
 from mcp_celery import ConfigurationError, MCPTask
-from mcp_celery.portal import close_portal
+from mcp_celery.portal import Caller, Callers, close_portal
+from mcp_celery.progress import TaskProgress
 
 SLOW = "slow", {"steps": 5, "seconds": 0.01}
 
@@ -24,6 +27,20 @@ class Noting(MCPTask):
     def update_state(self, task_id=None, state=None, meta=None, **options):
         self.app.states.append((task_id, state, meta, threading.current_thread()))
         super().update_state(task_id, state, meta, **options)
+
+
+class InOneDict(BaseBackend):
+    """A result backend that is no key-value store of Celery's, as those of databases are not."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.metas = {}
+
+    def _store_result(self, task_id, result, state, traceback=None, request=None, **_):
+        self.metas[task_id] = self._get_result_meta(result, state, traceback, request)
+
+    def _get_task_meta_for(self, task_id):
+        return self.metas.get(task_id, {"status": "PENDING", "result": None})
 
 
 @pytest.fixture
@@ -150,14 +167,16 @@ def test_without_a_state_that_others_can_look_at_there_is_no_progress(make):
     assert [(task.app.states, wants_progress(task)) for task in tasks] == [([], [False])] * 4
 
 
-def test_a_final_state_is_not_written_over(make):
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")
+@pytest.mark.parametrize("backend", ["cache+memory://", "redis", f"{__name__}:InOneDict"])
+def test_a_final_state_is_not_written_over(make, valkey, backend):
     def ends_elsewhere(self):
         # As the main process of a worker does, whose time limit has struck.
         self.backend.mark_as_failure(self.request.id, RuntimeError("ended"))
         self.mcp.call_tool(*SLOW)
         return self.AsyncResult(self.request.id).state
 
-    task = make(ends_elsewhere, mcp_progress_interval_seconds=0)
+    task = make(ends_elsewhere, backend=valkey if backend == "redis" else backend, mcp_progress_interval_seconds=0)
     assert task.apply().get() == "FAILURE"
     assert not task.app.states
 
@@ -204,31 +223,32 @@ def test_a_time_limit_that_strikes_meanwhile_is_not_taken_for_a_failure_of_the_b
 
 def test_what_a_call_reported_is_not_written_once_it_has_ended(make):
     def two_calls(self):
-        self.mcp.call_tool("burst", {"reports": 3, "seconds": 0})
-        before = len(self.app.states)
-        self.mcp.call_tool("slow", {"steps": 1, "seconds": 0.6})
-        return before
+        # The first of its reports is written at once; the last one is due while the second call has reported nothing.
+        self.mcp.call_tool("burst", {"reports": 3, "seconds": 0.05})
+        self.mcp.call_tool("slow", {"steps": 3, "seconds": 0.6})
 
-    task = make(two_calls, mcp_progress_interval_seconds=0.3)
-    assert task.apply().get() <= 1
-    assert {meta["tool"] for _, _, meta, _ in task.app.states[1:]} <= {"slow"}
+    task = make(two_calls, mcp_progress_interval_seconds=0.5)
+    task.apply().get()
+    first, *later = [meta["tool"] for _, _, meta, _ in task.app.states]
+    assert (first, set(later)) == ("burst", {"slow"})
 
 
-def test_the_state_of_another_execution_that_has_taken_over_is_left_alone(make):
-    from mcp_celery.progress import TaskProgress
-
-    task = make(slow)
-    task_id = uuid()
+@pytest.mark.parametrize("is_superseded", [False, True])
+def test_the_state_of_another_execution_that_has_taken_over_is_left_alone(make, is_superseded):
+    task, task_id, callers, caller = make(slow), uuid(), Callers(), Caller()
     task.push_request(id=task_id, called_directly=False)
-    written = TaskProgress(
+    progress = TaskProgress(
         task,
         task.request,
-        None,
+        callers,
         interval_seconds=0,
         current_call=lambda: None,
-        is_superseded=lambda: True,
+        is_superseded=lambda: is_superseded,
     )
-    written._store({"progress": 1}, None)
+    asyncio.run(progress.of("slow")(1, 2))
+    with callers.waiting(caller):
+        caller.done()
+        caller.serve()
     task.pop_request()
-    assert not task.app.states
-    assert task.AsyncResult(task_id).state == "PENDING"
+    assert len(task.app.states) == (0 if is_superseded else 1)
+    assert task.AsyncResult(task_id).state == ("PENDING" if is_superseded else "PROGRESS")
