@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE = "PROGRESS"
+#: The attribute of a request that says whether its worker sends events of tasks: the process of the task does not know.
+EVENTS = "mcp_events"
 #: A result backend that did not take a state is left alone for so long: each attempt may hold up the task.
 PAUSE_SECONDS = 60.0
 
@@ -100,20 +102,32 @@ class TaskProgress:
             return
         if self._paused_until is not None and time.monotonic() < self._paused_until:
             return
+        what = "the result backend"
         try:
-            if not self._has_ended_elsewhere():
-                self._task.update_state(task_id=self._request.id, state=STATE, meta=meta)
+            if self._has_ended_elsewhere():
+                return
+            self._task.update_state(task_id=self._request.id, state=STATE, meta=meta)
+            what = "the broker"
+            self._send_event(meta)
         except SoftTimeLimitExceeded:
             raise
         except Exception as exc:  # noqa: BLE001 - backends raise what their drivers raise
             if self._paused_until is None:
                 logger.warning(
-                    "The progress of task %s[%s] is not shown: the result backend has failed (%s)",
+                    "The progress of task %s[%s] is not shown: %s has failed (%s)",
                     self._task.name,
                     self._request.id,
+                    what,
                     type(exc).__name__,
                 )
             self._paused_until = time.monotonic() + PAUSE_SECONDS
+
+    def _send_event(self, meta: dict[str, Any]) -> None:
+        """Tell monitors, where the worker tells them of its tasks. Flower shows the state, and a text as the result."""
+        if not vars(self._request).get(EVENTS):
+            return
+        with self._task.app.events.default_dispatcher(hostname=self._request.hostname) as dispatcher:
+            dispatcher.send(f"task-{STATE.lower()}", uuid=self._request.id, result=_text_of(meta), **meta)
 
     def _has_ended_elsewhere(self) -> bool:
         """Whether the task has a final state: its time limit has struck, or a copy of its message was executed.
@@ -127,6 +141,11 @@ class TaskProgress:
         if isinstance(backend, RPCBackend):
             return False
         return backend.get_task_meta(self._request.id, cache=False)["status"] in READY_STATES
+
+
+def _text_of(meta: dict[str, Any]) -> str:
+    amount = f"{meta['progress']:g}" if meta["total"] is None else f"{meta['progress']:g}/{meta['total']:g}"
+    return f"{amount} {meta['message'] or ''}".rstrip()
 
 
 def has_state(task: Any, request: Any) -> bool:

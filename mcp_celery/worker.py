@@ -10,6 +10,7 @@ from celery.worker.request import Request
 
 from . import results  # noqa: F401 - hooks into Celery's backends, in workers only
 from .known_tasks import settings_of_journal
+from .progress import EVENTS
 from .unexecuted import bind_errbacks, never_runs, release_journal
 from .workflow import KEY, Given, redacted, shown
 
@@ -29,6 +30,14 @@ class MCPRequest(Request):
             # What a publisher that does not know the task has put there shows a handle whole.
             self._kwargsrepr = self._request_dict["kwargsrepr"] = shown(self._kwargs)
             self._kwargs = self._request_dict["kwargs"] = kwargs
+        self._request_dict[EVENTS] = self._sends_events()
+
+    def _sends_events(self) -> bool:
+        """Whether events of the task are sent: by the option -E, or since somebody has asked the worker for them."""
+        dispatcher = self._eventer
+        if dispatcher is None or not dispatcher.enabled or not self.task.send_events:
+            return False
+        return not dispatcher.groups or "task" in dispatcher.groups
 
     @property
     def _context(self) -> Context:
