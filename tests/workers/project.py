@@ -345,6 +345,11 @@ def reports(self, steps, seconds):
     return self.mcp.call_tool("slow", {"steps": steps, "seconds": seconds}).content[0].text
 
 
+@task(base=PeerTask, bind=True, send_events=False)
+def reports_unmonitored(self, steps, seconds):
+    return self.mcp.call_tool("slow", {"steps": steps, "seconds": seconds}).content[0].text
+
+
 class AnsweringTask(PeerTask):
     def on_elicitation(self, params):
         return {"answer": f"{self.request.id} to {params.message}"}
@@ -360,6 +365,23 @@ def says(self, texts, text):
     """Have the server log *text*, and ask this task, which has no answer."""
     self.mcp.call_tool("say", {"level": "warning", "text": text})
     return [*texts, self.mcp.call_tool("ask_user", {"question": "why"}).content[0].text]
+
+
+@task(base=AnsweringTask, bind=True)
+def is_to_confirm(self, item):
+    """Begin a call that needs input, which another task gives."""
+    asking = self.mcp.call_tool("delete", {"item": item}, allow_input_required=True)
+    return row(self, item=item, state=asking.request_state, keys=list(asking.input_requests))
+
+
+@task(base=AnsweringTask, bind=True)
+def confirms(self, asked, answer):
+    """Give the input, and make the call to its end."""
+    answers = {key: {"action": "accept", "content": {"answer": answer}} for key in asked["keys"]}
+    result = self.mcp.call_tool(
+        "delete", {"item": asked["item"]}, input_responses=answers, request_state=asked["state"]
+    )
+    return [asked, row(self, text=result.content[0].text)]
 
 
 @task(base=MCPTask, bind=True, mcp_server="listening")
