@@ -1,6 +1,5 @@
 """Calls of a durable task, by way of its journal: made once; when it runs again given back, continued or refused."""
 
-import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
@@ -18,6 +17,7 @@ from .exceptions import (
     ToolError,
     TransportError,
 )
+from .exchange import TokenCallback
 from .handle import SessionHandle
 from .journal import Entry, Journal
 
@@ -90,9 +90,9 @@ class Session(Protocol):
         call: Callable[[Client], Awaitable[T]],
         timeout_seconds: float | None = None,
         *,
-        cancels_after: float = 0.0,
+        on_token: TokenCallback | None = None,
     ) -> T:
-        """Make a call. Interrupted within *cancels_after* seconds, it is not cancelled at the server."""
+        """Make a call. Where *on_token* takes its resumption tokens, only its timeout cancels it at the server."""
         ...
 
     def note_loss(self) -> None:
@@ -192,14 +192,12 @@ class DurableCalls:
         may_have_run: bool,
     ) -> R:
         """Make a call, or continue it by its token; anew, where its server knows that no more."""
-        metadata = ClientMessageMetadata(
-            resumption_token=entry.token, on_resumption_token_update=self._journal.token_of(entry)
-        )
-        # Where the task is interrupted, or its worker told to end, the call goes on for the next run.
-        patience = math.inf if timeout_seconds is None else timeout_seconds
+        on_token = self._journal.token_of(entry)
+        metadata = ClientMessageMetadata(resumption_token=entry.token, on_resumption_token_update=on_token)
         try:
+            # Where the task is interrupted, or its worker told to end, the call goes on for the next run.
             result = await self._session.ask(
-                question.what, lambda client: question.call(client, metadata), timeout_seconds, cancels_after=patience
+                question.what, lambda client: question.call(client, metadata), timeout_seconds, on_token=on_token
             )
         except TransportError as exc:
             if not (may_have_run and entry.token is not None and exc.status in TOKEN_REFUSED):

@@ -36,6 +36,8 @@ RESUME_PAUSE_SECONDS = 10.0
 DRAIN_SECONDS = 0.5
 #: Between the parts of a resumption token; no character of a line.
 _SEPARATOR = "\x1f"
+#: What takes the resumption tokens of a request.
+TokenCallback = Callable[[str], Awaitable[None]]
 #: One server-sent event may be this large.
 MAX_EVENT_BYTES = 64 * 1024 * 1024
 
@@ -90,6 +92,11 @@ class Exchange:
         """The token by which the SDK knows the progress of this request; None where it wants none."""
         token = ((self.request.params or {}).get("_meta") or {}).get("progressToken")
         return token if isinstance(token, str | int) else None
+
+    @property
+    def on_token(self) -> TokenCallback | None:
+        """What takes the resumption tokens of this request."""
+        return self._metadata.on_resumption_token_update if self._metadata is not None else None
 
     def give_up(self) -> None:
         """Stop reading the response: nobody waits for it."""
@@ -229,13 +236,10 @@ class Exchange:
             if self._window is not None:
                 self._window.deadline = anyio.current_time() + self._window_seconds
             # Not past a request of the server that has no answer: who continues the response is to be asked again.
-            if self._metadata is None or self.unanswered:
-                return
-            if self._metadata.on_resumption_token_update is not None:
-                token = write_token(event.id, self.wire_id)
-                await self._tell_token(self._metadata.on_resumption_token_update, token)
+            if self.on_token is not None and not self.unanswered:
+                await self._tell_token(self.on_token, write_token(event.id, self.wire_id))
 
-    async def _tell_token(self, callback: Callable[[str], Awaitable[None]], token: str) -> None:
+    async def _tell_token(self, callback: TokenCallback, token: str) -> None:
         try:
             await callback(token)
         except Exception:

@@ -38,6 +38,7 @@ from .exceptions import (
     ToolError,
     TransportError,
 )
+from .exchange import TokenCallback
 from .handle import SessionHandle, without_secrets
 from .http import Endpoint, new_client, split_credentials
 from .journal import Journal
@@ -60,8 +61,6 @@ BROKEN_OFF_SECONDS = 2.0
 LISTING_SECONDS = 10.0
 #: Calls of one task that are remembered for the history.
 MAX_CALLS = 100
-#: A deadline may be seen to have passed so much too early.
-CLOCK_SECONDS = 0.01
 _CLIENT_INFO = types.Implementation(name="mcp-celery-task", version=__version__)
 
 
@@ -689,9 +688,9 @@ class AsyncMCPSession:
         call: Callable[[Client], Awaitable[T]],
         timeout_seconds: float | None = None,
         *,
-        cancels_after: float = 0.0,
+        on_token: TokenCallback | None = None,
     ) -> T:
-        """Make a call. Interrupted within *cancels_after* seconds, it is not cancelled at the server."""
+        """Make a call. Where *on_token* takes its resumption tokens, only its timeout cancels it at the server."""
         if self._ended is not None:
             raise SessionError(
                 f"The session of server {self.server!r} was {self._ended} by this task; open() starts a new one"
@@ -706,12 +705,16 @@ class AsyncMCPSession:
             )
         started, answered = time.time(), False
         try:
-            with self._translated(what, timeout_seconds), anyio.fail_after(timeout_seconds):
-                if not self._is_open:
-                    await self._open()
-                if self._transport is not None:
-                    self._transport.cancels_from = anyio.current_time() + cancels_after - CLOCK_SECONDS
-                answer = await call(self.client)
+            with self._translated(what, timeout_seconds):
+                try:
+                    with anyio.fail_after(timeout_seconds):
+                        if not self._is_open:
+                            await self._open()
+                        answer = await call(self.client)
+                except TimeoutError:
+                    if on_token is not None and self._transport is not None:
+                        await self._transport.cancel(on_token, "timeout")
+                    raise
             answered = True
             return answer
         finally:

@@ -52,6 +52,7 @@ from .exchange import (
     RESUME_ATTEMPTS,
     RESUME_PAUSE_SECONDS,
     Exchange,
+    TokenCallback,
     error_message,
     is_progress,
     media_type,
@@ -100,10 +101,6 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         self._owned_client = owned_client
         #: Also set when the server refuses the handshake; otherwise `server/discover` is not let through.
         self._may_discover = prefer_stateless and handle is None
-        #: From when on, by the loop's clock, the server is told of requests that are given up.
-        self.cancels_from = 0.0
-        #: What the server has asked during calls that were given up here and go on at the server.
-        self._left: set[RequestId] = set()
         self._prefix = secrets.token_hex(6)
         self._exchanges: dict[RequestId, Exchange] = {}
         self._inbox: MemoryObjectSendStream[_Envelope] | None = None
@@ -386,7 +383,7 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
         """Whether this end has no answer only because it is left: the call goes on, and who continues it is asked."""
         is_left = refusal.error.code == CONNECTION_CLOSED
         waiting = (refusal.id in exchange.unanswered for exchange in self._exchanges.values())
-        return refusal.id in self._left or (is_left and any(waiting))
+        return is_left and any(waiting)
 
     def _note_answer(self, request_id: RequestId) -> None:
         for exchange in self._exchanges.values():
@@ -394,20 +391,29 @@ class ResumableHTTPTransport(AbstractAsyncContextManager[Any]):
 
     # -- Cancellation and one-way messages
 
-    async def _cancel(self, notification: JSONRPCNotification) -> None:
-        """Tell the server that a request is given up, and stop reading its response.
+    async def cancel(self, on_token: TokenCallback, reason: str) -> None:
+        """Cancel the request whose resumption tokens *on_token* takes; nothing where it is not under way.
 
-        Up to 2025-11-25 the notification tells; in 2026-07-28 closing the response does, and there is no notification.
+        The SDK cancels no request that can be resumed: left alone, it goes on here and at the server.
         """
+        for exchange in list(self._exchanges.values()):
+            if exchange.on_token is on_token:
+                await self._give_up(exchange, reason)
+
+    async def _cancel(self, notification: JSONRPCNotification) -> None:
         params = notification.params or {}
         request_id = params.get("requestId")
         exchange = self._exchanges.get(request_id) if isinstance(request_id, str | int) else None
         if exchange is not None:
-            if anyio.current_time() >= self.cancels_from:
-                await self._tell_cancelled(exchange, params.get("reason"))
-            else:
-                self._left |= exchange.unanswered
-            exchange.give_up()
+            await self._give_up(exchange, params.get("reason"))
+
+    async def _give_up(self, exchange: Exchange, reason: object) -> None:
+        """Tell the server that a request is given up, and stop reading its response.
+
+        Up to 2025-11-25 the notification tells; in 2026-07-28 closing the response does, and there is no notification.
+        """
+        await self._tell_cancelled(exchange, reason)
+        exchange.give_up()
 
     async def _tell_cancelled(self, exchange: Exchange, reason: object) -> None:
         if self._session.version is None or exchange.wire_id is None:

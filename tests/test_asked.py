@@ -452,7 +452,6 @@ async def test_a_question_that_was_not_answered_is_asked_again_of_who_continues_
     first = resumable_http(recorder.url)
     async with Client(first, elicitation_callback=wait) as client, anyio.create_task_group() as tasks:
         metadata = ClientMessageMetadata(on_resumption_token_update=note)
-        first.cancels_from = float("inf")
         tasks.start_soon(lambda: client.session.send_request(request, CallToolResult, metadata=metadata))
         await eventually(lambda: len(asked) == 2)
         handle = first.handle

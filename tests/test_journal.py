@@ -14,7 +14,7 @@ from functools import partial
 
 import anyio
 import pytest
-from calls import KINDS, delete_behind_its_back, echo, eventually, is_call, seen, slow, text_of
+from calls import KINDS, delete_behind_its_back, echo, eventually, is_call, is_cancellation, seen, slow, text_of
 from mcp import MCPError
 from processes import free_port
 from redis import Redis
@@ -950,6 +950,42 @@ async def cancel_at_server(session, tool, *, by):
 def limits(by):
     """The settings of a server by which *by* cancels a call."""
     return {"read_timeout_seconds": 0.5} if by == "read timeout" else {}
+
+
+@pytest.mark.parametrize("peer", [PLAIN, STORE, ("typescript",), ("typescript", "--event-store")], ids=" ".join)
+async def test_a_call_that_is_not_answered_in_time_is_cancelled_at_the_server_and_no_other_is(
+    recorded_peer, running, peer
+):
+    recorder = recorded_peer(*peer)
+    async with running(recorder.url) as session:
+        await session.open()
+        interrupted = asyncio.create_task(session.call_tool(*slow(peer, 100, 0.1)))
+        await seen(recorder, is_call)
+        interrupted.cancel()
+        tool, arguments = slow(peer, 101, 0.1)
+        late = caught(session.call_tool(tool, arguments, timeout=0.4))
+        error, other = await asyncio.gather(late, session.call_tool(*slow(peer, 8, 0.1)))
+        assert error[1] == "Server 'server' did not answer to tool 'slow' within 0.4 s; it was cancelled"
+        assert text_of(other) == "done"
+        calls = filter(is_call, recorder.exchanges)
+        (cancelled,) = (each for each in calls if each.rpc_params["arguments"] == arguments)
+        cancellations = [each.rpc_params["requestId"] for each in recorder.exchanges if is_cancellation(each)]
+        assert cancellations == [cancelled.rpc_id]
+        await eventually(lambda: cancelled.ended, what="the end of the response")
+
+
+async def test_a_continued_call_that_is_not_answered_in_time_is_cancelled_by_the_id_it_was_sent_with(
+    recorded_peer, running
+):
+    recorder = recorded_peer(*STORE)
+    tool = slow(STORE, 100, 0.1)
+    async with running(recorder.url) as session:
+        await break_off(recorder, session, lambda session: session.call_tool(*tool))
+    async with running(recorder.url) as session:
+        await caught(session.call_tool(*tool, timeout=0.4))
+    (call,) = filter(is_call, recorder.exchanges)
+    (cancellation,) = filter(is_cancellation, recorder.exchanges)
+    assert cancellation.rpc_params["requestId"] == call.rpc_id
 
 
 @pytest.mark.parametrize("by", ["timeout", "read timeout"])
