@@ -298,6 +298,32 @@ async def test_only_one_can_listen_and_the_other_goes_on(recorded_peer, sharing,
     assert recorder.methods().count("GET") == 2, "a refused stream is not asked for again"
 
 
+@pytest.mark.parametrize("kind", ["python", "python1"])
+async def test_the_standalone_stream_goes_on_where_it_broke_off(recorded_peer, sharing, kind):
+    recorder = recorded_peer(kind, "--event-store")
+    recorder.cut(http_method="GET", after_events=1)
+    told = []
+
+    async def note(message):
+        told.append(message.method)
+
+    async with Client(sharing(recorder.url, listen=True), message_handler=note) as client:
+        await seen(recorder, lambda exchange: exchange.method == "GET" and exchange.status)
+        await client.call_tool("announce", {"to_whom_it_concerns": True})
+        await eventually(lambda: len(told) == 3, what="what was said after the break")
+        first, again = (exchange for exchange in recorder.exchanges if exchange.method == "GET")
+    assert told == [f"notifications/{what}/list_changed" for what in ("tools", "resources", "prompts")]
+    assert "last-event-id" not in first.headers
+    assert again.headers["last-event-id"]
+
+
+async def test_a_server_of_the_stateless_era_is_not_listened_to(recorded_peer, sharing):
+    recorder = recorded_peer("python", "--modern-only")
+    async with Client(sharing(recorder.url, listen=True)) as client:
+        assert text_of(await client.call_tool("echo", {"text": "x"})) == "x"
+    assert "GET" not in recorder.methods()
+
+
 async def test_listening_ends_with_the_session(recorded_peer, sharing):
     recorder = recorded_peer("python")
     async with Client(transport := sharing(recorder.url, listen=True)):

@@ -215,8 +215,9 @@ def _offer_notifications(server: Any) -> None:
         return "waited"
 
     @server.tool()
-    async def announce(ctx: Context) -> str:
-        """Say that the tools, resources and prompts have changed."""
+    async def announce(ctx: Context, to_whom_it_concerns: bool = False) -> str:
+        """Say that the tools, resources and prompts have changed: to the caller, or on the standalone stream."""
+        related = None if to_whom_it_concerns else ctx.request_context.request_id
         for kind, what in (
             (ToolListChangedNotification, "tools"),
             (ResourceListChangedNotification, "resources"),
@@ -225,7 +226,7 @@ def _offer_notifications(server: Any) -> None:
             notification = kind(method=f"notifications/{what}/list_changed")
             if isinstance(ServerNotification, type):  # mcp 1.x
                 notification = ServerNotification(notification)
-            await ctx.session.send_notification(notification, related_request_id=ctx.request_context.request_id)
+            await ctx.session.send_notification(notification, related_request_id=related)
         return "announced"
 
 
