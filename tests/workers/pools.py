@@ -1,5 +1,6 @@
 """The app of test_pools.py: some tasks of `project`, and some that look at the process that they run in."""
 
+import _socket
 import asyncio
 import atexit
 import os
@@ -8,6 +9,7 @@ import threading
 import traceback
 from contextlib import suppress
 from functools import partial
+from urllib.parse import urlsplit
 
 from celery.signals import worker_init
 from processes import wait_until
@@ -85,8 +87,19 @@ def left_over():
     return get_portal().call(ask) if is_running() else []
 
 
+def connections_left():
+    """Return how many connections to the MCP server this process has open."""
+    port, count = urlsplit(os.environ["PEER"]).port, 0
+    for number in range(3, 2048):
+        with suppress(OSError):  # not open, or no connection
+            each = _socket.socket(fileno=os.dup(number))  # gevent has its own in the place of socket.socket
+            count += each.getpeername()[1] == port
+            each.close()
+    return count
+
+
 @worker_init.connect
-def show_threads_at_the_end(**_):
+def show_what_is_left_at_the_end(**_):
     """Have the worker's main process say what is left when it ends, after all of Celery's own endings."""
 
     def names():
@@ -97,7 +110,8 @@ def show_threads_at_the_end(**_):
         with suppress(TimeoutError):  # workers of the event loop end with it, a moment later
             wait_until(lambda: names() == ["MainThread"], 2)
         stacks = [traceback.extract_stack(frame) for frame in sys._current_frames().values()]
+        out = sys.__stdout__
         loops = sum(any(frame.name == "run_forever" for frame in stack) for stack in stacks)
-        print("threads left:", *names(), "event loops left:", loops, file=sys.__stdout__)
+        print("threads left:", *names(), "event loops left:", loops, "connections left:", connections_left(), file=out)
 
     atexit.register(show)
