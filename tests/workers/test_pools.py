@@ -105,7 +105,7 @@ def test_many_sessions_are_used_at_once_and_all_are_closed(project, request):
     wait_until(lambda: not project.stored(), what="an empty store")
 
 
-@in_pools("prefork")
+@in_pools("prefork", "spawn")
 def test_a_soft_time_limit_cancels_the_call_and_ends_the_session(project):
     with pytest.raises(SoftTimeLimitExceeded):
         project.tasks.slow.apply_async((100, 0.1), soft_time_limit=0.5).get(timeout=20)
@@ -119,7 +119,7 @@ def test_a_hard_time_limit_cancels_the_call_and_ends_the_session(project):
     cancelled_and_closed(project)
 
 
-@in_pools("prefork", "gevent")
+@in_pools("prefork", "spawn", "gevent")
 def test_a_task_that_is_revoked_during_a_call_cancels_it_and_ends_the_session(project):
     result = project.tasks.slow.delay(100, 0.1)
     project.recorder.wait_for(is_at_work)
