@@ -140,9 +140,15 @@ class Durable:
 
     def is_idle(self):
         """Whether all messages are done with, those that came twice among them."""
+        if self.has_messages():
+            return False
+        # Whoever has taken a message off the queue, and not noted it yet, does so before it answers.
         inspect = self.app.control.inspect(timeout=1, limit=sum(worker.running for worker in self.workers))
         busy = [*(inspect.active() or {"": [1]}).values(), *(inspect.reserved() or {"": [1]}).values()]
-        return not any(busy) and not self.tasks.redis.exists("unacked", "celery")
+        return not any(busy) and not self.has_messages()
+
+    def has_messages(self):
+        return self.tasks.redis.exists("unacked", "celery") > 0
 
     def stored(self):
         """The keys of the store, without the journals of tasks that are known to be done, and those of workers."""
