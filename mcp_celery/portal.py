@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from .exceptions import ConfigurationError
 from .threads import NOTICE_SECONDS, Threads
@@ -201,7 +201,7 @@ class Portal:
         self._on_close: list[Callable[[], Coroutine[Any, Any, object]]] = []
         self._is_wanted = True
         self._end: Callable[[], object] | None = None
-        self._callers: set[Caller] = set()
+        self._callers: set[Caller | AwaitingCaller] = set()
         self._loop: asyncio.AbstractEventLoop
         started, kind = Caller(), threads_of_this_process()
         self._join = kind.start(partial(self._run, kind.new_loop, started), "mcp_celery")
@@ -247,70 +247,55 @@ class Portal:
             RuntimeError: The loop has ended meanwhile, or before.
         """
         caller = caller or Caller()
-        started: list[asyncio.Task[T]] = []
-
-        def start() -> None:
-            if not self._is_wanted:
-                caller.done()
-                return
-            started_tasks.set(None)  # this callback has a context of its own: the thread that waits ends what it calls
-            task = self._loop.create_task(function())
-            started.append(task)
-            task.add_done_callback(lambda _: caller.done())
-
-        def cancel() -> None:
-            if started:
-                started[0].cancel()
-            else:
-                caller.done()
-
+        run = _Run(self, function, caller)
         try:
             self._callers.add(caller)
             # Within: the loop may run, and the interruption come, before this thread goes on.
-            self._loop.call_soon_threadsafe(start)
+            self._loop.call_soon_threadsafe(run.begin)
             caller.serve()
         except BaseException:
             with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(cancel)  # in the loop's queue after start, if that is there
+                self._loop.call_soon_threadsafe(run.cancel)  # in the loop's queue after begin, if that is there
                 caller.wait(CLEAN_UP_SECONDS)
             raise
         finally:
             self._callers.discard(caller)
-        if not (started and started[0].done()):
-            raise RuntimeError("The event loop has ended")
-        return started[0].result()
+        return run.result()
 
     async def acall(self, function: Callable[[], Coroutine[Any, Any, T]], caller: "AwaitingCaller | None" = None) -> T:
         """Run `await function()` on the loop and await it, from a coroutine of any loop. Context variables go along.
 
         Where the waiting coroutine is cancelled or otherwise interrupted (also by something that *caller* ran), that of
         the loop is cancelled and given `CLEAN_UP_SECONDS` to end; then the interruption goes on.
+
+        Raises:
+            RuntimeError: As above.
         """
         caller = caller or AwaitingCaller()
-        started: list[asyncio.Task[T]] = []
-
-        def start() -> None:
-            started_tasks.set(None)  # as above
-            started.append(self._loop.create_task(function()))
-            started[0].add_done_callback(lambda _: caller.done())
-
-        def cancel() -> None:
-            if started:
-                started[0].cancel()
-            else:
-                caller.done()
-
+        run = _Run(self, function, caller)
         try:
-            # Within, as above.
-            self._loop.call_soon_threadsafe(start)
+            self._callers.add(caller)
+            self._loop.call_soon_threadsafe(run.begin)  # within, as above
             await caller.serve()
         except BaseException:
-            self._loop.call_soon_threadsafe(cancel)
-            await caller.wait(CLEAN_UP_SECONDS)
-            if started and started[0].done() and not started[0].cancelled():
-                started[0].exception()  # mark as retrieved
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(run.cancel)
+                await caller.wait(CLEAN_UP_SECONDS)
+            run.forget()
             raise
-        return started[0].result()
+        finally:
+            self._callers.discard(caller)
+        return run.result()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether what is handed over may begin: the portal is not being closed."""
+        return self._is_wanted
+
+    def new_task(self, coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """Start *coroutine* on the loop, for who waits for it elsewhere. Runs on the loop."""
+        started_tasks.set(None)  # a callback has a context of its own: who waits for the task ends it
+        return self._loop.create_task(coroutine)
 
     @property
     def is_broken(self) -> bool:
@@ -342,6 +327,48 @@ class Portal:
         self._is_wanted = False
         if self._end is not None:
             self._loop.call_soon_threadsafe(self._end)
+
+
+class _Run(Generic[T]):
+    """A coroutine that is handed over to the loop by *caller*, who waits for its end."""
+
+    def __init__(
+        self, portal: Portal, function: Callable[[], Coroutine[Any, Any, T]], caller: Caller | AwaitingCaller
+    ) -> None:
+        self._portal = portal
+        self._function = function
+        self._caller = caller
+        self._task: asyncio.Task[T] | None = None
+
+    def begin(self) -> None:
+        """Start it. Runs on the loop."""
+        if not self._portal.is_wanted:
+            self._caller.done()
+            return
+        self._task = self._portal.new_task(self._function())
+        self._task.add_done_callback(lambda _: self._caller.done())
+
+    def cancel(self) -> None:
+        """Cancel it, if it has begun. Runs on the loop."""
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            self._caller.done()
+
+    def forget(self) -> None:
+        """Leave its outcome, whatever that is."""
+        if self._task is not None and self._task.done() and not self._task.cancelled():
+            self._task.exception()  # mark as retrieved
+
+    def result(self) -> T:
+        """Return what it has returned, or raise what it has raised.
+
+        Raises:
+            RuntimeError: The loop has ended before it.
+        """
+        if self._task is None or not self._task.done():
+            raise RuntimeError("The event loop has ended")
+        return self._task.result()
 
 
 def _raise(exc: BaseException) -> NoReturn:

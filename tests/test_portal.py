@@ -150,11 +150,23 @@ def test_closing_the_portal_leaves_no_thread_and_the_next_use_starts_another():
         close_portal()
 
 
-def test_who_calls_while_the_portal_ends_does_not_wait_for_ever():
+@pytest.mark.parametrize("how", ["call", "acall"])
+def test_who_calls_while_the_portal_ends_does_not_wait_for_ever(how):
     portal, answers, ends = Portal(), [], []
 
     async def answer():
         answers.append(1)
+
+    async def await_it():
+        while True:
+            with suppress(asyncio.CancelledError):
+                await portal.acall(answer)
+
+    def acall():
+        try:
+            asyncio.run(await_it())
+        except RuntimeError as exc:
+            ends.append(str(exc))
 
     def call():
         while True:
@@ -165,7 +177,8 @@ def test_who_calls_while_the_portal_ends_does_not_wait_for_ever():
                 ends.append(str(exc))
                 return
 
-    threads = [threading.Thread(target=call, daemon=True) for _ in range(8)]
+    target = call if how == "call" else acall
+    threads = [threading.Thread(target=target, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     wait_until(lambda: len(answers) > 100)
