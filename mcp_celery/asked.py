@@ -261,7 +261,7 @@ class Asked:
                 return types.ErrorData(code=types.INTERNAL_ERROR, message=exc.message, data=exc.data)
             return exc.error
         except Exception as exc:  # noqa: BLE001 - the user's own code
-            _fail(call, name, exc)
+            fail(call, name, exc)
             if call is not None:
                 await call.ended.wait()  # so that the server hears first that the call is cancelled
             is_left = call is not None and call.goes_on  # then who continues the call is asked
@@ -290,7 +290,7 @@ class Asked:
             if not future.done():
                 set_outcome(outcome)
             elif isinstance(outcome, Exception):
-                _fail(None, name, outcome)
+                fail(None, name, outcome)
             elif inspect.iscoroutine(outcome):
                 outcome.close()
 
@@ -320,7 +320,7 @@ class Asked:
             try:
                 await self._run("on_log", params, until=None)  # what is logged last may come after the answer
             except Exception as exc:  # noqa: BLE001 - the user's own code
-                _fail(call, "on_log", exc)
+                fail(call, "on_log", exc)
             return
         tool = call.tool if call is not None else None
         text = params.data if isinstance(params.data, str) else json.dumps(params.data, ensure_ascii=False, default=str)
@@ -344,8 +344,8 @@ def _hidden(secret: str | None, text: str) -> str:
     return text if secret is None else text.replace(secret, short_hash(secret))
 
 
-def _fail(call: CallUnderWay | None, name: str, exc: Exception) -> None:
-    """End the call to which belongs what a method of the task was to take."""
+def fail(call: CallUnderWay | None, name: str, exc: Exception) -> None:
+    """End the call to which belongs what the user's own code has failed to take."""
     if call is None or call.has_ended:
         _logger.error("%s has failed outside of any call", name, exc_info=exc)
     else:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from .events import Told
@@ -141,13 +140,12 @@ class AwaitedSession(SessionFace):
             MCPError: The server answered with a JSON-RPC error.
             ConfigurationError: By *check_arguments*: there is no such tool, or it takes other arguments.
         """
-        failed = _Failed()
         call: Callable[[], Coroutine[Any, Any, types.CallToolResult | types.InputRequiredResult]] = partial(
             self._session.call_tool,
             name,
             arguments,
             timeout=timeout,
-            on_progress=failed.unless(on_progress),
+            on_progress=on_progress,
             raise_on_error=raise_on_error,
             input_responses=input_responses,
             request_state=request_state,
@@ -155,7 +153,7 @@ class AwaitedSession(SessionFace):
             check_arguments=check_arguments,
             meta=meta,
         )
-        return await self._call(call, failed)
+        return await self._call(call)
 
     async def list_tools(self, *, cursor: str | None = None) -> "types.ListToolsResult":
         """List the tools, always from the server. `next_cursor` of the result continues."""
@@ -190,7 +188,7 @@ class AwaitedSession(SessionFace):
         """Complete an argument of a prompt or resource template: `argument` is `{"name": ..., "value": ...}`."""
         return await self._call(partial(self._session.complete, ref, argument, context_arguments))
 
-    async def _call(self, function: Callable[[], Coroutine[Any, Any, T]], failed: "_Failed | None" = None) -> T:
+    async def _call(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Await `function()` in an asyncio task of its own.
 
         An interruption of the Celery task may be any exception, raised here. The call only ever sees a cancellation,
@@ -205,8 +203,6 @@ class AwaitedSession(SessionFace):
         if not self.is_here():
             raise SessionError(NOT_HERE)
         call = begin_call(function(), f"mcp_celery call of {self.server}")
-        if failed is not None:
-            failed.cancel = call.cancel
         try:
             await asyncio.wait([call])
         except BaseException:
@@ -220,10 +216,6 @@ class AwaitedSession(SessionFace):
         finally:
             if self._told is not None:
                 self._callers.run(self._told.tell)
-        if failed is not None and failed.error is not None:
-            if not call.cancelled():
-                call.exception()
-            raise failed.error
         return call.result()
 
 
@@ -232,29 +224,3 @@ NOT_HERE = (
     "self.amcp is there for tasks whose function is async def, and for what these await; in a plain function use "
     "self.mcp, and no event loop of your own"
 )
-
-
-class _Failed:
-    """What a progress callback has raised, which ends the call."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-        self.cancel: Callable[[], object] = lambda: None
-
-    def unless(self, callback: "ProgressCallback | None") -> "ProgressCallback | None":
-        """Return *callback*, with its errors noted here."""
-        if callback is None:
-            return None
-
-        async def report(progress: float, total: float | None, message: str | None) -> None:
-            if self.error is not None:
-                return
-            try:
-                outcome = callback(progress, total, message)
-                if isawaitable(outcome):
-                    await outcome
-            except Exception as exc:  # noqa: BLE001 - raised by the call
-                self.error = exc
-                self.cancel()
-
-        return report

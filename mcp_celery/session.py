@@ -26,7 +26,7 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from pydantic import BaseModel, ValidationError
 
 from ._version import __version__
-from .asked import Asked, belong_to_no_call, declines, under_way
+from .asked import Asked, belong_to_no_call, current_call, declines, fail, under_way
 from .durable import MAX_PAGES, Check, DurableCalls, Question
 from .events import Event, Events, Why
 from .exceptions import (
@@ -844,9 +844,15 @@ def _as_coroutine(callback: ProgressCallback | None) -> ProgressFnT | None:
         return None
 
     async def report(progress: float, total: float | None = None, message: str | None = None) -> None:
-        outcome = callback(progress, total, message)
-        if inspect.isawaitable(outcome):
-            await outcome
+        call = current_call()
+        if call is not None and call.failure is not None:
+            return
+        try:
+            outcome = callback(progress, total, message)
+            if inspect.isawaitable(outcome):
+                await outcome
+        except Exception as exc:  # noqa: BLE001 - the user's own code
+            fail(call, "on_progress", exc)
 
     return report
 

@@ -440,3 +440,20 @@ async def test_a_lost_session_can_be_detached_no_more(recorded_peer, new_session
     await session.close()
     await eventually(lambda: recorder.exchanges[-1].status, what="the last answer")
     assert "DELETE" not in recorder.methods()
+
+
+@pytest.mark.parametrize(
+    "peer", [("python",), ("python", "--modern-only"), ("python1",), ("typescript",)], ids=" ".join
+)
+async def test_an_error_of_the_progress_callback_ends_the_call_and_is_raised_once(recorded_peer, new_session, peer):
+    session, reports = new_session(recorded_peer(*peer).url), []
+
+    async def fail(*report):
+        reports.append(report)
+        raise LookupError("in the callback")
+
+    with pytest.raises(LookupError, match="in the callback"):
+        await session.call_tool("slow", {"steps": 100, "seconds": 0.1}, on_progress=fail)
+    assert len(reports) == 1
+    assert text_of(await session.call_tool("echo", {"text": "usable"})) == "usable"
+    await session.close()
