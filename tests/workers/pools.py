@@ -19,8 +19,9 @@ from mcp_celery.portal import get_portal, is_running
 
 app.conf.update(
     worker_pool_start_method=os.environ.get("START_METHOD", "fork"),
-    # As many as tasks run at the same time: redis-py has 100.
+    # As many as tasks run at the same time: redis-py has 100 for results, kombu 10 for acknowledging messages.
     redis_max_connections=1000,
+    broker_transport_options={**app.conf.broker_transport_options, "max_connections": 1000},
 )
 
 #: How many of `meets` wait for each other in a process.
