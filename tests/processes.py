@@ -13,7 +13,7 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 
-def wait_until(predicate: Callable[[], _T], timeout: float = 10, what: str = "the condition") -> _T:
+def wait_until(predicate: Callable[[], _T], timeout: float = 30, what: str = "the condition") -> _T:
     """Poll *predicate* until it returns something true, and return that.
 
     Raises:

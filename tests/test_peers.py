@@ -346,7 +346,7 @@ def test_a_worker_runs_tasks_until_it_is_killed_with_its_children(start_worker, 
     (tmp_path / "pid_app.py").write_text(APP)
     worker = start_worker("pid_app", "one", env={"VALKEY_URL": valkey, "PYTHONPATH": str(tmp_path)})
     with Celery(broker=valkey, backend=valkey, set_as_current=False) as app:
-        child, parent = app.send_task("pid").get(timeout=20)
+        child, parent = app.send_task("pid").get(timeout=60)
     assert parent == worker.pid
     wait_until(lambda: "succeeded" in worker.log(), what="the worker's log")
     worker.kill()

@@ -79,7 +79,7 @@ class Recorder:
         """Forget the exchanges and the pending faults, and count connections from zero; cookies stay."""
         self._record.clear()
 
-    def wait_for(self, predicate: Callable[[Exchange], bool], timeout: float = 10) -> Exchange:
+    def wait_for(self, predicate: Callable[[Exchange], bool], timeout: float = 30) -> Exchange:
         """Return the first exchange that satisfies *predicate*, once there is one.
 
         Raises:

@@ -30,7 +30,7 @@ def workflow(app, name, handle):
 def main():
     broker, name, *handle = sys.argv[1:]
     app = Celery(broker=broker, backend=broker)
-    print(json.dumps(workflow(app, name, *(handle or [None])).apply_async().get(timeout=20)))
+    print(json.dumps(workflow(app, name, *(handle or [None])).apply_async().get(timeout=60)))
     assert not any(module.startswith("mcp") for module in sys.modules)
 
 

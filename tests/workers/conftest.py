@@ -47,7 +47,7 @@ class Project:
         """What the workers have logged since `begin`, by name."""
         return {worker.name: worker.log()[self._marks.get(worker.name, 0) :] for worker in self.workers}
 
-    def run(self, signature, timeout=15):
+    def run(self, signature, timeout=60):
         """Send a workflow and return its result, once the session of its last step has ended."""
         return signature.apply_async().get(timeout=timeout)
 

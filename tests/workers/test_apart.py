@@ -13,7 +13,7 @@ from celery import Celery, chain, signature
 
 app = Celery("publisher", broker=sys.argv[1], backend=sys.argv[1])
 steps = [signature("apart.opens", ("1",), queue="opens"), signature("apart.reads", immutable=True, queue="reads")]
-print(chain(*steps, app=app).apply_async().get(timeout=20))
+print(chain(*steps, app=app).apply_async().get(timeout=60))
 """
 
 

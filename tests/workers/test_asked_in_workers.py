@@ -24,7 +24,7 @@ def test_progress_is_the_state_of_the_task_until_it_ends(project):
     wait_until(lambda: result.state == "PROGRESS", 10, "progress")
     info = result.info
     assert (info["tool"], info["total"], info["message"]) == ("slow", 30, f"step {info['progress']:g}")
-    assert result.get(timeout=15) == "done"
+    assert result.get(timeout=60) == "done"
     assert result.state == "SUCCESS"
     project.sessions_closed()
 
@@ -36,9 +36,9 @@ def kind_of(event):
 def test_monitors_are_told_of_progress_where_events_are_on_and_of_the_end_after_it(project):
     app, seen = project.app, []
     with Events(app) as events:
-        assert project.tasks.reports_unmonitored.delay(2, 0.05).get(timeout=15) == "done"
+        assert project.tasks.reports_unmonitored.delay(2, 0.05).get(timeout=60) == "done"
         told = project.tasks.reports.delay(30, 0.05)
-        assert told.get(timeout=15) == "done"
+        assert told.get(timeout=60) == "done"
         wait_until(lambda: ("task-succeeded", told.id) in map(kind_of, events.seen.copy()), 15, "the last event")
     state = app.events.State()
     for event in events.seen:
@@ -65,7 +65,7 @@ def test_each_step_is_asked_for_itself_in_the_session_of_the_chain(project):
     t = project.tasks
     steps = chain(t.is_asked.s([]), t.says.s("mind the gap"), t.is_asked.s())
     result = on(steps, "a", "b", "b").apply_async()
-    assert result.get(timeout=15) == [
+    assert result.get(timeout=60) == [
         f"accept: {result.parent.parent.id} to why",
         "decline",
         f"accept: {result.id} to why",
@@ -81,7 +81,7 @@ def test_of_the_holders_of_a_session_one_listens_and_the_others_do_without(proje
 
     branches = group(t.listens.s(20, 0.1).set(queue=queue) for queue in "ab")
     result = chain(t.listens.s([], 1, 0.1).set(queue="a"), branches).apply_async()
-    assert result.get(timeout=15) == [["done", "done"]] * 2
+    assert result.get(timeout=60) == [["done", "done"]] * 2
     project.sessions_closed()
     streams = [exchange for exchange in project.recorder.exchanges if exchange.method == "GET"]
     assert [exchange.status for exchange in streams].count(200) >= 2

@@ -117,16 +117,16 @@ def test_a_member_may_be_added_to_a_chord(project, s):
 
 def test_what_a_coroutine_publishes_has_its_task_for_a_parent(project, s):
     published = s.publishes().apply_async()
-    child = project.app.AsyncResult(published.get(timeout=15))
-    assert child.get(timeout=15) == [published.id, published.id]
+    child = project.app.AsyncResult(published.get(timeout=60))
+    assert child.get(timeout=60) == [published.id, published.id]
 
 
 def test_a_soft_limit_ends_the_call_and_the_task_or_is_caught(project):
     t = project.tasks
     caught, failed = [task.apply_async(queue="a") for task in (t.partial_result, t.limited)]
-    assert caught.get(timeout=20) == "partial"
+    assert caught.get(timeout=60) == "partial"
     with pytest.raises(SoftTimeLimitExceeded):
-        failed.get(timeout=20)
+        failed.get(timeout=60)
     sessions(project, 2)
     assert sum(map(is_cancellation, project.recorder.exchanges)) == 3
 
@@ -136,7 +136,7 @@ def test_a_revoked_task_is_ended_and_its_call_too(project):
     project.recorder.wait_for(is_call)
     result.revoke(terminate=True)
     with pytest.raises(TaskRevokedError):
-        result.get(timeout=20)
+        result.get(timeout=60)
     project.recorder.wait_for(is_cancellation)
     assert sessions(project) == (1, 1)
 

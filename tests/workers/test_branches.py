@@ -45,7 +45,7 @@ def test_a_trailing_group_closes_the_session_after_its_last_member(project):
     t = project.tasks
     members = group(t.recall.si([], "x").set(queue=queue) for queue in ("a", "b"))
     result = chain(t.remember.si([], "x", "1").set(queue="a"), members).apply_async()
-    result.get(timeout=15)
+    result.get(timeout=60)
     assert_one_session(project, 3)
 
 
@@ -67,7 +67,7 @@ def test_a_failed_member_does_not_close_the_session_under_the_others(project):
         t.gather.s(),
     ).apply_async()
     with pytest.raises(ValueError, match="member"):
-        flow.get(timeout=15)
+        flow.get(timeout=60)
     assert project.deleted() == 0
     session_id = project.recorder.session_ids[0]
     project.set_variable(session_id, "late", "1")
@@ -80,7 +80,7 @@ def test_a_return_value_that_fits_into_no_message_ends_the_session_for_all_branc
     t = project.tasks
     flow = chain(t.returns_no_json.s(), group(t.idle.s(), t.idle.s()), t.idle.s())
     with pytest.raises(EncodeError):
-        flow.apply_async().get(timeout=15)
+        flow.apply_async().get(timeout=60)
     assert_one_session(project, 1)
 
 
@@ -101,5 +101,5 @@ def test_what_the_store_keeps_has_a_time_to_live(project):
     kept = wait_until(project.stored)
     assert all(0 < seconds <= 2 * 24 * 3600 for seconds in kept.values())
     assert not any(session_id in key for key in kept for session_id in project.recorder.session_ids)
-    result.get(timeout=15)
+    result.get(timeout=60)
     assert_one_session(project, 3)

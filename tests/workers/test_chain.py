@@ -194,7 +194,7 @@ def test_a_linked_task_continues_the_session(project):
     t = project.tasks
     linked = t.add.s(100).set(queue="b")
     result = t.add.apply_async((1, 1), queue="a", link=linked)
-    assert result.get(timeout=20) == 2
+    assert result.get(timeout=60) == 2
     assert calls_and_handshake(project.sessions_closed()) == [*HANDSHAKE, CALL, CALL, "DELETE"]
 
 

@@ -378,7 +378,7 @@ def test_a_member_that_fails_after_it_has_detached_ends_the_session_for_the_body
     with pytest.raises(ValueError, match="2"):
         project.run(chain(s.add(1, 1), group(s.fails_detached().set(queue="a"), slow), s.total()))
     assert_sessions(project, 3)
-    assert len(project.app.AsyncResult(slow.id).get(timeout=10)) == 10
+    assert len(project.app.AsyncResult(slow.id).get(timeout=60)) == 10
 
 
 def test_a_soft_time_limit_ends_the_session_after_the_other_members(project, s):
@@ -402,7 +402,7 @@ def test_a_task_that_is_terminated_ends_the_session_after_the_other_members(proj
     project.recorder.wait_for(lambda exchange: "hang" in str(exchange.rpc_params))
     project.app.control.revoke(hangs.id, terminate=True)
     assert_sessions(project, 3)
-    assert len(project.app.AsyncResult(slow.id).get(timeout=10)) == 10
+    assert len(project.app.AsyncResult(slow.id).get(timeout=60)) == 10
 
 
 def test_a_task_that_catches_the_failure_of_itself_as_a_function_keeps_no_session_for_its_errbacks(project, s):

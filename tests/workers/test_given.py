@@ -43,7 +43,7 @@ def test_a_session_given_to_several_workflows_ends_with_the_last_of_them(project
         s.add(1, 1, mcp_session=kept).set(queue="a"),
         chain(s.add(1, 1, mcp_session=kept).set(queue="a"), s.plus_one(), s.add(-1).set(queue="a")),
     ]
-    assert [result.get(timeout=20) for result in [flow.apply_async() for flow in flows]] == [2, 2, 2]
+    assert [result.get(timeout=60) for result in [flow.apply_async() for flow in flows]] == [2, 2, 2]
     assert_sessions(project, 1 + 2 + 1 + 2)
 
 
@@ -76,9 +76,9 @@ def test_a_session_given_to_members_of_a_group_ends_after_the_last_of_them(proje
     for sent, result in results:
         if result is None:
             with pytest.raises(ValueError, match="failure"):
-                sent.get(timeout=20)
+                sent.get(timeout=60)
         else:
-            assert sent.get(timeout=20) == result
+            assert sent.get(timeout=60) == result
     assert_sessions(project, [1 + 4, 1 + 3, 1, 1 + 1, 3, 1 + 2, 2, 1 + 1, 2])
 
 

@@ -74,7 +74,7 @@ def test_a_handle_of_another_server_is_refused_by_the_worker(project):
     handle = SessionHandle("other", "secret-id", {"protocolVersion": "2025-11-25"})
     result = project.app.send_task("project.recall", ([], "x"), {"mcp_session": handle})
     with pytest.raises(SessionHandleError, match="'other'"):
-        result.get(timeout=20)
+        result.get(timeout=60)
     assert project.recorder.methods() == []
 
 
@@ -83,12 +83,12 @@ def test_a_bad_handle_is_refused_by_the_publisher_and_by_the_worker(project, bad
     with pytest.raises(SessionHandleError):
         project.tasks.recall.s([], "x", mcp_session=bad).apply_async()
     with pytest.raises(SessionHandleError):
-        project.app.send_task("project.recall", ([], "x"), {"mcp_session": bad}).get(timeout=20)
+        project.app.send_task("project.recall", ([], "x"), {"mcp_session": bad}).get(timeout=60)
     assert project.recorder.methods() == []
 
 
 def test_a_task_sent_by_name_takes_a_handle(project, kept):
-    rows = project.app.send_task("project.recall", ([], "kept"), {"mcp_session": kept}).get(timeout=20)
+    rows = project.app.send_task("project.recall", ([], "kept"), {"mcp_session": kept}).get(timeout=60)
     assert rows[0]["session"] == kept.short_id
 
 

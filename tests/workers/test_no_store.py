@@ -66,19 +66,19 @@ def test_without_any_redis_chains_end_their_sessions_and_branches_leave_theirs(p
     flow = chain(t.remember.s([], "x", "1"), t.recall.s("x"), t.add.si(1, 1), t.tag.si(["plain"]), t.recall.s("x"))
     result, requests = send(on(flow, *"ababa"), tasks=5)
     assert requests == [*HANDSHAKE, *[CALL] * 4, "DELETE"]
-    assert not has_results or result.get(timeout=10)[2]["value"] == "1"
+    assert not has_results or result.get(timeout=60)[2]["value"] == "1"
 
     result, requests = send(on(chain(t.remember.s([], "x", "1"), t.fails.si("no")), *"ab"), tasks=2)
     assert requests == [*HANDSHAKE, CALL, CALL, "DELETE"]
     if has_results:
         with pytest.raises(ValueError, match="no"):
-            result.get(timeout=10)
+            result.get(timeout=60)
 
     first = t.remember.s([], "x", "1").set(queue="a", link=t.recall.s("x").set(queue="b"))
     for _ in range(2):
         result, requests = send(on(chain(first, t.recall.s("x")), *"aa"), tasks=3)
         assert requests == [*HANDSHAKE, CALL, CALL, CALL]
-        assert not has_results or result.get(timeout=10)[1]["value"] == "1"
+        assert not has_results or result.get(timeout=60)[1]["value"] == "1"
     assert [worker.log().count(LEFT) for worker in project_on_files.workers] == [1, 1]
 
 

@@ -108,14 +108,14 @@ def test_many_sessions_are_used_at_once_and_all_are_closed(project, request):
 @in_pools("prefork", "spawn")
 def test_a_soft_time_limit_cancels_the_call_and_ends_the_session(project):
     with pytest.raises(SoftTimeLimitExceeded):
-        project.tasks.slow.apply_async((100, 0.1), soft_time_limit=0.5).get(timeout=20)
+        project.tasks.slow.apply_async((100, 0.1), soft_time_limit=0.5).get(timeout=60)
     cancelled_and_closed(project)
 
 
 @in_pools("gevent")
 def test_a_hard_time_limit_cancels_the_call_and_ends_the_session(project):
     with pytest.raises(TimeLimitExceeded):
-        project.tasks.slow.apply_async((100, 0.1), time_limit=0.5).get(timeout=20)
+        project.tasks.slow.apply_async((100, 0.1), time_limit=0.5).get(timeout=60)
     cancelled_and_closed(project)
 
 
@@ -125,7 +125,7 @@ def test_a_task_that_is_revoked_during_a_call_cancels_it_and_ends_the_session(pr
     project.recorder.wait_for(is_at_work)
     project.app.control.revoke(result.id, terminate=True)
     with pytest.raises(TaskRevokedError):
-        result.get(timeout=20)
+        result.get(timeout=60)
     cancelled_and_closed(project)
 
 
@@ -144,7 +144,7 @@ def test_a_worker_finishes_a_call_before_it_ends_and_leaves_nothing_behind(proje
     (worker,) = project.workers
     worker.stop(timeout=30)
     assert worker.returncode == 0
-    assert len(result.get(timeout=10)) == 10
+    assert len(result.get(timeout=60)) == 10
     assert calls_and_handshake(project.recorder.methods()) == [*HANDSHAKE, CALL, "DELETE"]
     assert LEAKED.findall(worker.log()) == []
     assert "Traceback" not in project.logs()["a"]

@@ -65,7 +65,7 @@ class Reaped:
         """Run a task that opens a session for a next step which nobody runs; return what the store knows of it."""
         known = {record.key for record in self.store.sessions()}
         steps = chain(self.tasks.remember.s("1").set(queue=queue), self.tasks.recall.s().set(queue="nobody"))
-        steps.apply_async().parent.get(timeout=20)
+        steps.apply_async().parent.get(timeout=60)
         return next(record for record in self.store.sessions() if record.key not in known)
 
     def expire(self, session_ids):
@@ -309,7 +309,7 @@ def test_tasks_that_a_warm_shutdown_waits_for_keep_their_sessions(start):
     app.recorder.wait_for(lambda exchange: exchange.rpc_method == "tools/call" and "kept" in str(exchange.rpc_params))
     worker.stop(timeout=30)
     assert worker.returncode == 0
-    assert result.get(timeout=10) == "kept"
+    assert result.get(timeout=60) == "kept"
     assert app.count("DELETE") == deleted + 1
     assert len(reapers(leader)) == 1
     assert bad_lines(worker) == []
@@ -324,7 +324,7 @@ def test_a_soft_shutdown_ends_the_reaper_and_leaves_nothing(start):
     wait_until(lambda: app.count("POST initialize") == 2, what="the task to begin")
     psutil.Process(worker.pid).send_signal(signal.SIGQUIT)
     wait_until(lambda: not worker.running, 20, "the end of the worker")
-    assert result.get(timeout=10) == "kept"
+    assert result.get(timeout=60) == "kept"
     assert not is_reaper(reaper)
     assert threads_left(worker) == []
     assert bad_lines(worker) == []
@@ -334,7 +334,7 @@ def test_children_of_the_pool_that_are_forked_beside_a_reaper_do_no_harm(start):
     app = start(mcp_session_ttl_seconds=1)
     worker = app.start_worker("a", "-c", "2", "--max-tasks-per-child", "1")
     app.ended(app.leave_behind())
-    pids = {app.tasks.plain.delay(1).get(timeout=20)[1] for _ in range(5)}
+    pids = {app.tasks.plain.delay(1).get(timeout=60)[1] for _ in range(5)}
     assert len(pids) == 5
     app.ended(app.leave_behind())
     (reaper,) = reapers(worker)
@@ -362,7 +362,7 @@ def test_without_an_answer_from_the_store_tasks_go_on_and_the_worker_says_so_onc
     app = start(mcp_store_url=f"redis://127.0.0.1:{free_port()}")
     worker = app.start_worker("a")
     wait_until(lambda: "neither renews nor ends MCP sessions" in worker.log(), what="the log")
-    assert [app.tasks.echo.delay("x").get(timeout=20) for _ in range(3)] == ["x"] * 3
+    assert [app.tasks.echo.delay("x").get(timeout=60) for _ in range(3)] == ["x"] * 3
     worker.stop()
     assert worker.returncode == 0
     assert worker.log().count("neither renews nor ends MCP sessions") == 1
@@ -372,7 +372,7 @@ def test_without_an_answer_from_the_store_tasks_go_on_and_the_worker_says_so_onc
 def test_a_wrong_setting_costs_no_more_than_the_reaper(start):
     app = start(mcp_reaper_interval_seconds="often")
     worker = app.start_worker("a")
-    assert app.tasks.echo.delay("x").get(timeout=20) == "x"
+    assert app.tasks.echo.delay("x").get(timeout=60) == "x"
     assert "mcp_reaper_interval_seconds is a number" in worker.log()
 
 
@@ -392,7 +392,7 @@ def test_inspect_shows_the_sessions_that_running_tasks_hold(start):
     assert {(one["server"], one["task"], one["state"]) for one in shown} == {("peer", "reaped.works", "open")}
     assert all(one["opened_at"] <= one["used_at"] < one["deadline"] for one in shown)
     assert shown == sorted(shown, key=lambda one: one["session"])
-    assert [result.get(timeout=20) for result in results] == ["kept", "kept"]
+    assert [result.get(timeout=60) for result in results] == ["kept", "kept"]
 
 
 def test_inspect_says_why_it_cannot_show_sessions(start):

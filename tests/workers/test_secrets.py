@@ -87,13 +87,13 @@ def test_a_session_id_is_nowhere_but_on_the_wire(loud_project, valkey_server):
         kept = session.detach()
         waiting = t.recall.apply_async(([], "kept"), {"mcp_session": kept}, countdown=8, queue="a")
         as_text = app.send_task("project.sees_request", (), {"mcp_session": kept.dumps()}, queue="b")
-        assert kept.short_id in as_text.get(timeout=15)
+        assert kept.short_id in as_text.get(timeout=60)
         inspect = app.control.inspect(timeout=2)
         inspected = wait_until(
             lambda: str(inspect.scheduled()) if any(_replies(inspect)) else "", 8, "a scheduled task"
         )
         assert kept.short_id in inspected
-        waiting.get(timeout=15)
+        waiting.get(timeout=60)
         project.sessions_closed(10)
         wait_until(lambda: sum(e["type"] == "task-succeeded" for e in events.seen) >= 9, 10, "the events")
 

@@ -363,13 +363,13 @@ def test_a_task_that_is_called_as_a_function_by_a_plain_task_has_a_session_of_it
 def test_steps_that_wait_for_their_time_share_the_session(project, s):
     late = group(s.add(1).set(countdown=1), s.add(2))
     result = chain(s.add(1, 1), s.add(1).set(countdown=1), late, s.total()).apply_async(countdown=0.5)
-    assert result.get(timeout=20) == 9
+    assert result.get(timeout=60) == 9
     assert_sessions(project, 5)
 
 
 def test_steps_of_different_priority_share_the_session(project, s):
     flow = chain(s.add(1, 1).set(priority=9), s.add(1).set(priority=0), group(s.add(1), s.add(1).set(priority=6)))
-    assert flow.apply_async(priority=3).get(timeout=20) == [4, 4]
+    assert flow.apply_async(priority=3).get(timeout=60) == [4, 4]
     assert_sessions(project, 4)
 
 

@@ -29,7 +29,7 @@ def test_one_task_opens_the_next_one_resumes_and_the_last_one_closes(project):
     t = project.tasks
     steps = chain(t.remember.s([], "x", "1").set(queue="a"), t.recall.s("x").set(queue="b"))
     result = steps.apply_async()
-    result.get(timeout=15)
+    result.get(timeout=60)
     project.sessions_closed()
     wait_until(lambda: len(of_sessions(project)) == 3, 10, "the end to be logged")
     assert of_sessions(project) == [

@@ -115,7 +115,7 @@ def finished(project, result):
     """Tell the tasks that wait to go on, and return the result of the workflow."""
     (session_id,) = project.recorder.session_ids
     project.set_variable(session_id, "go", "yes")
-    value = result.get(timeout=20)
+    value = result.get(timeout=60)
     project.rest()
     assert len(project.recorder.session_ids) == 1, "it was the same session throughout"
     return value

@@ -105,7 +105,7 @@ def test_a_session_that_was_kept_is_continued_by_a_tool_and_then_ended(project, 
 
 def test_results_and_logs_show_no_handle(project, on_workers):
     last = chain(on_workers("peer", "echo", text="x"), on_workers("peer", "echo", into="text")).apply_async()
-    assert last.get(timeout=15) == {"result": "x"}
+    assert last.get(timeout=60) == {"result": "x"}
     project.sessions_closed()
     (session_id,) = project.recorder.session_ids
     assert last.kwargs == {"server": "peer", "tool": "echo", "arguments": {}, "into": "text"}

@@ -19,4 +19,4 @@ def workflow():
 
 
 if __name__ == "__main__":
-    print(workflow()().get(timeout=20))
+    print(workflow()().get(timeout=60))
