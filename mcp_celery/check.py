@@ -10,10 +10,11 @@ import mcp_types as types
 from mcp import MCPError
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
-from .durable import MAX_PAGES
+from .connections import Connections
 from .exceptions import MCPCeleryError, TransportError
-from .session import AsyncMCPSession, Connections
+from .session import AsyncMCPSession
 from .settings import ServerSettings
+from .tool_checks import MAX_PAGES
 
 #: How long the check of one server may take.
 CHECK_SECONDS = 10.0

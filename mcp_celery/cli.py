@@ -343,7 +343,8 @@ def call(
 async def _call_tool(
     settings: ServerSettings, tool: str, arguments: dict[str, Any], handle: SessionHandle | None
 ) -> "CallToolResult":
-    from .session import AsyncMCPSession, Connections  # noqa: PLC0415 - as above
+    from .connections import Connections  # noqa: PLC0415 - as above
+    from .session import AsyncMCPSession  # noqa: PLC0415 - as above
 
     connections = Connections()
     session = AsyncMCPSession(settings, connections, handle)

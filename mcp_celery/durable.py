@@ -20,14 +20,13 @@ from .exceptions import (
 from .exchange import TokenCallback
 from .handle import SessionHandle
 from .journal import Entry, Journal
+from .tool_checks import tools_until
 
 T = TypeVar("T")
 R = TypeVar("R", bound=BaseModel)
 
 #: How servers refuse an event ID: 400 in TypeScript, 405 where streams cannot be resumed, 404 and 410 for what is gone.
 TOKEN_REFUSED = frozenset({400, 404, 405, 410})
-#: Pages of a tool listing that are read in search of one tool.
-MAX_PAGES = 100
 
 #: What a call that was made before may have raised.
 _FAILURES: dict[str, Callable[..., Exception]] = {
@@ -233,22 +232,13 @@ class DurableCalls:
         if self._journal.calls_again or question.tool is None:
             return True
 
-        async def find(client: Client) -> types.Tool | None:
-            cursor: str | None = None
-            for _ in range(MAX_PAGES):
-                page = await client.list_tools(cursor=cursor)
-                found = next((tool for tool in page.tools if tool.name == question.tool), None)
-                cursor = page.next_cursor
-                if found is not None or cursor is None:
-                    return found
-            return None
-
+        name = question.tool
         try:
-            tool = await self._session.ask("tools/list", find)
+            listed = await self._session.ask("tools/list", lambda client: tools_until(client, name))
         except SessionLostError:
             # Whatever the tool says, the call cannot be made again here. What counts is that it may have run.
             return False
-        hints = tool.annotations if tool is not None else None
+        hints = next((tool.annotations for tool in listed or () if tool.name == name), None)
         return hints is not None and bool(hints.read_only_hint or hints.idempotent_hint)
 
 

@@ -28,9 +28,10 @@ import anyio
 import anyio.to_thread
 from mcp import MCPError
 
+from .connections import Connections
 from .exceptions import ConfigurationError, MCPCeleryError, SessionLostError, StoreError, TransportError
 from .redis_store import RedisStore
-from .session import AsyncMCPSession, Connections
+from .session import AsyncMCPSession
 from .settings import ServerSettings, StoreSettings, places
 from .store import Parked, Store
 

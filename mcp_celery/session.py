@@ -1,4 +1,4 @@
-"""MCP sessions that open, resume, call, detach and close: asynchronous, and the synchronous face over the portal.
+"""MCP sessions that open, resume, call, detach and close.
 
 An `AsyncMCPSession` belongs to one execution of a task and to one event loop. What outlives it in the process (the
 HTTP client, the tool listings) is in `Connections`.
@@ -7,7 +7,6 @@ HTTP client, the tool listings) is in `Connections`.
 import asyncio
 import inspect
 import logging
-import ssl
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -17,7 +16,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, overload
 
 import anyio
-import httpx2
 import mcp_types as types
 from mcp import Client, MCPError
 from mcp.shared.dispatcher import ProgressFnT
@@ -27,10 +25,10 @@ from pydantic import BaseModel, ValidationError
 
 from ._version import __version__
 from .asked import Asked, belong_to_no_call, current_call, declines, fail, under_way
-from .durable import MAX_PAGES, Check, DurableCalls, Question
+from .connections import Connections
+from .durable import Check, DurableCalls, Question
 from .events import Event, Events, Why
 from .exceptions import (
-    ConfigurationError,
     MCPCeleryError,
     SessionError,
     SessionHandleError,
@@ -40,11 +38,11 @@ from .exceptions import (
 )
 from .exchange import TokenCallback
 from .handle import SessionHandle, without_secrets
-from .http import Endpoint, new_client, split_credentials
+from .http import Endpoint
 from .journal import Journal
-from .listings import ToolListings, problem_with_arguments
 from .settings import ServerSettings
 from .threads import aside
+from .tool_checks import ToolChecks
 from .transport import ResumableHTTPTransport
 
 T = TypeVar("T")
@@ -57,8 +55,8 @@ ProgressCallback = Callable[[float, float | None, str | None], object]
 
 #: How long ending a session may take whose opening was broken off, perhaps by a timeout of the call.
 BROKEN_OFF_SECONDS = 2.0
-#: How long a listing may take that only serves to check the output of a call.
-LISTING_SECONDS = 10.0
+#: How long asking the server for its logs may take.
+LOG_LEVEL_SECONDS = 10.0
 #: Calls of one task that are remembered for the history.
 MAX_CALLS = 100
 _CLIENT_INFO = types.Implementation(name="mcp-celery-task", version=__version__)
@@ -99,46 +97,6 @@ class _ToolAnswer(types.CallToolResult):
         is_asking = isinstance(obj, Mapping) and obj.get("resultType") == "input_required"
         answer: type[types.Result] = types.InputRequiredResult if is_asking else types.CallToolResult
         return answer.model_validate(obj, **options)
-
-
-class Shared(NamedTuple):
-    """What the sessions of one server share in a process."""
-
-    #: Of the endpoint, without credentials, which the client has.
-    url: str
-    client: httpx2.AsyncClient
-    listings: ToolListings
-
-
-class Connections:
-    """What the sessions of one process share: an HTTP client and the tool listings of each server.
-
-    Lives on one event loop. Building a client loads certificates (35 ms), and its connections stay open.
-    """
-
-    def __init__(self) -> None:
-        self._clients: dict[ServerSettings, Shared] = {}
-
-    def of(self, settings: ServerSettings) -> Shared:
-        """Return what the sessions of a server share, made at the first use."""
-        if settings not in self._clients:
-            url, auth = split_credentials(settings.url)
-            client = new_client(
-                url,
-                headers=dict(settings.headers),
-                auth=auth,
-                ssl_context=_ssl_context(settings),
-                connect_timeout_seconds=settings.connect_timeout_seconds,
-                read_timeout_seconds=settings.read_timeout_seconds,
-            )
-            self._clients[settings] = Shared(url, client, ToolListings())
-        return self._clients[settings]
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        while self._clients:
-            _, shared = self._clients.popitem()
-            await shared.client.aclose()
 
 
 class AsyncMCPSession:
@@ -315,7 +273,7 @@ class AsyncMCPSession:
             return
         request = types.SetLevelRequest(params=types.SetLevelRequestParams(level=level))
         try:
-            with anyio.fail_after(LISTING_SECONDS):
+            with anyio.fail_after(LOG_LEVEL_SECONDS):
                 await client.session.send_request(request, types.EmptyResult)
         except (MCPError, ValidationError, TimeoutError) as exc:
             logger.debug("Server %r takes no log level (%s)", self.server, type(exc).__name__)
@@ -494,7 +452,7 @@ class AsyncMCPSession:
 
         async def call(client: Client, metadata: ClientMessageMetadata | None) -> types.Result:
             if check_arguments and not (metadata and metadata.resumption_token):
-                await self._check_arguments(client, name, arguments or {})
+                await self._checks.arguments(client, name, arguments or {})
             if client.protocol_version not in MODERN_PROTOCOL_VERSIONS:
                 return await client.session.send_request(
                     request, types.CallToolResult, metadata=metadata, progress_callback=report
@@ -514,7 +472,7 @@ class AsyncMCPSession:
         async def check(result: types.Result) -> None:
             is_good = isinstance(result, types.CallToolResult) and not result.is_error
             if is_good and self.protocol_version not in MODERN_PROTOCOL_VERSIONS:
-                await self._check_output(self.client, name, cast("types.CallToolResult", result))
+                await self._checks.output(self.client, name, cast("types.CallToolResult", result))
 
         answer: type[types.Result] = _ToolAnswer
         question = Question(f"tool {name!r}", request, answer, call, name)
@@ -552,54 +510,9 @@ class AsyncMCPSession:
         with self._events.call(method):
             return await self.ask(method, call)
 
-    async def _check_arguments(self, client: Client, tool: str, arguments: Mapping[str, object]) -> None:
-        """Check names of arguments by the tool's input schema; by a fresh listing before anything is said against them.
-
-        Where the tools cannot be listed, the server is left to judge.
-        """
-        listings = self._connections.of(self._settings).listings
-        if problem_with_arguments(listings.entries(), tool, arguments) is None:
-            return
-        listed = await self._list_until(client, listings, tool)
-        if listed is not None and (problem := problem_with_arguments(listed, tool, arguments)) is not None:
-            raise ConfigurationError(f"MCP server {self.server!r}: {problem}")
-
-    async def _check_output(self, client: Client, tool: str, result: types.CallToolResult) -> None:
-        """Check a result by the tool's output schema; by a fresh listing before anything is said against it."""
-        listings = self._connections.of(self._settings).listings
-        is_fresh = listings.lacks(tool)
-        if is_fresh:
-            await self._list_until(client, listings, tool)
-        problem = listings.problem_with(tool, result.structured_content)
-        if problem is not None and not is_fresh:
-            await self._list_until(client, listings, tool)
-            problem = listings.problem_with(tool, result.structured_content)
-        if problem is not None:
-            raise ToolError(f"Tool {tool!r} has run, but {problem}", tool, result.structured_content)
-
-    @staticmethod
-    async def _list_until(client: Client, listings: ToolListings, tool: str) -> list[dict[str, Any]] | None:
-        """List the tools anew, page by page, until *tool* is there. A result in hand is not lost by a listing.
-
-        Returns what was listed; None where *tool* may be in what could not be listed.
-        """
-        listings.forget_pages()
-        listed: list[dict[str, Any]] = []
-        is_all = False
-        cursor: str | None = None
-        try:
-            with anyio.move_on_after(LISTING_SECONDS):
-                for _ in range(MAX_PAGES):
-                    page = await client.list_tools(cursor=cursor, cache_mode="refresh")
-                    cursor = page.next_cursor
-                    listed += ({"name": found.name, "inputSchema": found.input_schema} for found in page.tools)
-                    is_all = cursor is None or any(found.name == tool for found in page.tools)
-                    if is_all:
-                        break
-        except (MCPError, ValidationError) as exc:
-            logger.debug("The tools of a server could not be listed (%s): a call goes unchecked", type(exc).__name__)
-        listings.note_if_unlisted(tool)
-        return listed if is_all else None
+    @property
+    def _checks(self) -> ToolChecks:
+        return ToolChecks(self.server, self._connections.of(self._settings).listings)
 
     async def list_tools(self, *, cursor: str | None = None) -> types.ListToolsResult:
         """List the tools, always from the server. `next_cursor` of the result continues."""
@@ -828,15 +741,6 @@ class AsyncMCPSession:
             await asyncio.wait([owner])
             if not owner.cancelled() and (exc := owner.exception()) is not None:
                 logger.debug("Leaving the session of server %r: %s", self.server, type(exc).__name__)
-
-
-def _ssl_context(settings: ServerSettings) -> ssl.SSLContext | None:
-    if settings.ca_file is None:
-        return None
-    try:
-        return ssl.create_default_context(cafile=settings.ca_file)
-    except OSError as exc:
-        raise ConfigurationError(f"MCP server {settings.name!r}: 'ca_file' cannot be read as PEM ({exc})") from exc
 
 
 def _as_coroutine(callback: ProgressCallback | None) -> ProgressFnT | None:

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     import mcp_types as types
 
     from .asked import Asked
+    from .connections import Connections
     from .handle import SessionHandle
     from .journal import Journal
-    from .session import AsyncMCPSession, Connections, Ledger, ProgressCallback
+    from .session import AsyncMCPSession, Ledger, ProgressCallback
     from .settings import JournalSettings, ServerSettings
     from .store import JournalStore
 
@@ -47,7 +48,8 @@ def new_session(
     Raises:
         SessionHandleError: The handle is of another server.
     """
-    from .session import AsyncMCPSession, Connections  # noqa: PLC0415 - publishing a task must not load the MCP SDK
+    from .connections import Connections  # noqa: PLC0415 - publishing a task must not load the MCP SDK
+    from .session import AsyncMCPSession  # noqa: PLC0415 - publishing a task must not load the MCP SDK
 
     portal = get_portal()
     connections = _connections.get(portal)

@@ -74,7 +74,8 @@ async def new_session():
 
     Those with the same URL and options share a client and the tool listings, as in a worker process.
     """
-    from mcp_celery.session import AsyncMCPSession, Connections
+    from mcp_celery.connections import Connections
+    from mcp_celery.session import AsyncMCPSession
     from mcp_celery.settings import ServerSettings
 
     connections = Connections()

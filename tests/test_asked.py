@@ -32,10 +32,11 @@ from processes import wait_until
 
 from mcp_celery import ConfigurationError, MCPTask, TransportError
 from mcp_celery.asked import Asked, elicited, listed, sampled
+from mcp_celery.connections import Connections
 from mcp_celery.journal import Journal
 from mcp_celery.portal import Caller, Callers, close_portal
 from mcp_celery.redis_store import RedisStore
-from mcp_celery.session import AsyncMCPSession, Connections
+from mcp_celery.session import AsyncMCPSession
 from mcp_celery.settings import ServerSettings, StoreSettings
 from mcp_celery.transport import resumable_http
 

@@ -21,6 +21,7 @@ from redis import Redis
 
 from mcp_celery import journal as journal_module
 from mcp_celery import redis_store
+from mcp_celery.connections import Connections
 from mcp_celery.exceptions import (
     CallInterruptedError,
     ConfigurationError,
@@ -36,7 +37,7 @@ from mcp_celery.exchange import read_token, write_token
 from mcp_celery.handle import SessionHandle
 from mcp_celery.journal import Journal, digest_of
 from mcp_celery.redis_store import RedisStore
-from mcp_celery.session import AsyncMCPSession, Connections
+from mcp_celery.session import AsyncMCPSession
 from mcp_celery.settings import ServerSettings, StoreSettings
 from mcp_celery.store import process_name
 

@@ -9,9 +9,10 @@ from calls import KINDS, PEERS, echo, eventually, is_call, seen, slow, text_of, 
 from mcp import MCPError
 from mcp_types import PromptReference
 
+from mcp_celery.connections import Connections
 from mcp_celery.exceptions import SessionError, SessionHandleError, SessionLostError, ToolError, TransportError
 from mcp_celery.handle import SessionHandle, short_hash
-from mcp_celery.session import AsyncMCPSession, Connections
+from mcp_celery.session import AsyncMCPSession
 from mcp_celery.settings import ServerSettings
 
 pytestmark = pytest.mark.anyio
