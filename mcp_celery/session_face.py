@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     import mcp_types as types
 
     from .handle import SessionHandle
-    from .session import AsyncMCPSession, Call
+    from .live_session import Call
+    from .session import AsyncMCPSession
 
 
 class SessionFace:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .connections import Connections
     from .handle import SessionHandle
     from .journal import Journal
-    from .session import AsyncMCPSession, Ledger, ProgressCallback
+    from .live_session import Ledger
+    from .session import AsyncMCPSession, ProgressCallback
     from .settings import JournalSettings, ServerSettings
     from .store import JournalStore
 
