@@ -1,20 +1,22 @@
-# The example of this repository: its MCP server, its workers and the program that sends the workflow.
-FROM python:3.12-slim
-
+# The examples of this repository: the notebook server, workers, and the programs that send workflows.
+FROM python:3.12-slim AS base
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /app
-RUN useradd --system --uid 10001 --create-home example
 
-# The dependencies change seldom, so they are a layer of their own.
-COPY pyproject.toml ./
+# What is built here is handed on as files: other settings in pyproject.toml leave the dependencies' layer as it is.
+FROM base AS build
+RUN pip install --quiet "hatchling>=1.26"
+COPY pyproject.toml README.md LICENSE ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > /tmp/requirements.txt \
-    && pip install --quiet --requirement /tmp/requirements.txt
-
-COPY README.md LICENSE ./
+        > requirements.txt
 COPY mcp_celery mcp_celery
-RUN pip install --quiet --no-deps .
+RUN pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
+FROM base
+RUN useradd --system --uid 10001 --create-home example
+COPY --from=build /app/requirements.txt ./
+RUN pip install --quiet --requirement requirements.txt
+RUN --mount=from=build,source=/app/dist,target=/dist pip install --quiet --no-deps /dist/*.whl
 COPY examples examples
 USER 10001
 CMD ["python", "-m", "examples.notebook.run"]

@@ -1,6 +1,7 @@
 """Kills a worker with SIGKILL in the middle of a tool, and shows that another one finishes that very call.
 
-Takes two workers on this machine that listen to the queue "any". Whichever gets the task is the one to die.
+Takes two workers on this machine that listen to the queue "any". Whichever gets the task is the one to die. With
+`--by-hand` they may be on other machines: it says whom to kill, and leaves that to you.
 """
 
 import os
@@ -20,6 +21,8 @@ from mcp_celery.journal import LEASE_SECONDS
 PRINCIPAL, RATE, YEARS = 1000, 0.05, 40
 #: How long the tool takes: it should still run when the lease of the killed worker has lapsed.
 SECONDS = round(LEASE_SECONDS) + 5
+#: With time for you to type a command.
+BY_HAND_SECONDS = 40
 KILL_YEAR = 4
 #: Of what the server says while nobody listens.
 TELL_YEARS = 10
@@ -106,21 +109,20 @@ def main() -> int:
     Returns:
         The exit status: 0 when its worker was killed, another one has finished it, and the tool was executed once.
     """
+    by_hand = sys.argv[1:] == ["--by-hand"]
+    seconds, kill = (BY_HAND_SECONDS, ask_to_kill) if by_hand else (SECONDS, kill_processes)
     try:
-        return survive(Story(forecast.apply_async((PRINCIPAL, RATE, YEARS, SECONDS), queue="any")))
+        return survive(Story(forecast.apply_async((PRINCIPAL, RATE, YEARS, seconds), queue="any")), kill)
     except SurvivalError as exc:
         print(f"This should not have been: {exc}.", file=sys.stderr)
         return 1
 
 
-def survive(story: Story) -> int:
+def survive(story: Story, kill: Callable[[str], str]) -> int:
     first = story.look_until("reaching the tool", lambda row: row is not None and row["heard"][-1] >= KILL_YEAR)
-    processes = processes_of(first["worker"])
-    for process in processes:
-        os.kill(process, signal.SIGKILL)
+    killed = kill(first["worker"])
     story.killed_at = time.time()
-    command = f"kill -9 {' '.join(map(str, processes))}"
-    story.tell(short(first), f"KILLED: {command} (its lease on the task lapses in {LEASE_SECONDS:.0f} s)")
+    story.tell(short(first), f"{killed} (its lease on the task lapses in {LEASE_SECONDS:.0f} s)")
 
     story.look_until("finishing the task", lambda _: story.task.ready())
     last = story.task.get(timeout=ANSWER_SECONDS)
@@ -144,6 +146,17 @@ def survive(story: Story) -> int:
     for claim in (claim for claim, holds in checks.items() if not holds):
         print(f"This should have been so: {claim}.", file=sys.stderr)
     return 0 if all(checks.values()) else 1
+
+
+def kill_processes(worker: str) -> str:
+    processes = processes_of(worker)
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    return f"KILLED: kill -9 {' '.join(map(str, processes))}"
+
+
+def ask_to_kill(worker: str) -> str:
+    return f"KILL IT NOW, in another terminal: docker compose kill {worker.partition('@')[2]}"
 
 
 def processes_of(worker: str) -> list[int]:
