@@ -109,7 +109,9 @@ def test_the_other_services_stay_up_and_healthy_without_root(stack, shown):
 
 
 def test_a_second_run_and_the_sessions_of_both_can_be_looked_at(stack, shown):
+    before = stack.containers()
     sessions = {assert_one_session(shown), assert_one_session(stack.compose("run", "--rm", "-T", "run").splitlines())}
+    assert all(container["Id"] == before[service]["Id"] for service, container in stack.containers().items())
     listed = stack.compose(
         "exec", "-T", "worker-a", "celery", "-A", "examples.notebook.tasks", "mcp", "sessions", "--ended", "--json"
     )
