@@ -26,12 +26,13 @@ def docker(*arguments, timeout=180):
     """Run a command, and return what it prints.
 
     Raises:
-        AssertionError: It failed.
+        RuntimeError: It failed.
     """
     done = subprocess.run(
         ["docker", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
     )
-    assert done.returncode == 0, f"docker {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    if done.returncode:
+        raise RuntimeError(f"docker {' '.join(arguments)}\n{done.stdout}\n{done.stderr}")
     return done.stdout
 
 
@@ -63,8 +64,8 @@ def stack():
     try:
         docker("version", timeout=20)
         docker("compose", "version", timeout=20)
-    except (AssertionError, OSError, subprocess.TimeoutExpired) as exc:
-        pytest.skip(f"no Docker engine answers, or there is no docker compose: {exc}")
+    except (RuntimeError, OSError, subprocess.TimeoutExpired) as exc:
+        pytest.skip(f"no Docker engine answers, or there is no `docker compose`: {str(exc).splitlines()[0]}")
     stack = Stack()
     yield stack
     stack.compose("--profile", "*", "down", "--volumes", "--remove-orphans")
