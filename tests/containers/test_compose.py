@@ -65,7 +65,7 @@ def stack():
         docker("version", timeout=20)
         docker("compose", "version", timeout=20)
     except (RuntimeError, OSError, subprocess.TimeoutExpired) as exc:
-        pytest.skip(f"no Docker engine answers, or there is no `docker compose`: {str(exc).splitlines()[0]}")
+        pytest.skip(f"no Docker engine answers, or there is no `docker compose`: {str(exc).strip().splitlines()[-1]}")
     stack = Stack()
     yield stack
     stack.compose("--profile", "*", "down", "--volumes", "--remove-orphans")
