@@ -348,13 +348,12 @@ def interval_seconds(conf: Conf, servers: Mapping[str, ServerSettings]) -> float
 
 def running_tasks() -> dict[str, str]:
     """Return the tasks that run in this worker now: task ID to task name. Any thread may ask."""
-    # Not the set of active requests itself: it may not change while it is read.
-    requests = [(task_id, worker_state.requests.get(task_id)) for task_id in list(worker_state.requests)]
-    return {
-        task_id: request.name
-        for task_id, request in requests
-        if request is not None and request in worker_state.active_requests
-    }
+    # Not by the table of requests: a message that comes again, while its task runs, takes the place of the first there.
+    while True:
+        try:
+            return {request.id: request.name for request in worker_state.active_requests}
+        except RuntimeError:  # the set has changed while it was read
+            continue
 
 
 @inspect_command()
