@@ -1,4 +1,4 @@
-"""A TCP relay, before a Valkey here, whose connections can be cut or held up."""
+"""A TCP relay, before a Valkey or a RabbitMQ, whose connections can be cut or held up."""
 
 import asyncio
 import threading
@@ -8,13 +8,13 @@ from typing import Self
 
 
 class TcpRelay:
-    """Listens on a free port of 127.0.0.1 and passes bytes on to *port*, between `__enter__` and `__exit__`.
+    """Listens on a free port of 127.0.0.1 and passes bytes on to *port* of *host*, between `__enter__` and `__exit__`.
 
     Runs in a thread of its own. Methods may be called from any thread.
     """
 
-    def __init__(self, port: int) -> None:
-        self._upstream = port
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self._upstream = host, port
         self._writers: set[asyncio.StreamWriter] = set()
         self._started: Future[int] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="relay", daemon=True)
@@ -58,7 +58,7 @@ class TcpRelay:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._upstream)
+            upstream_reader, upstream_writer = await asyncio.open_connection(*self._upstream)
         except OSError:
             writer.transport.abort()
             return
