@@ -89,9 +89,11 @@ def _warn_of_durable_tasks(app: Celery, *, has_store: bool) -> None:
     if durable and not has_store:
         names = ", ".join(sorted(task.name for task in durable))
         logger.error("Durable tasks need a Redis or Valkey (mcp_store_url), and will fail: %s", names)
-    early = ", ".join(sorted(task.name for task in durable if not (task.acks_late or task.retry_on_worker_lost)))
+    # Celery 5.6 knows no retry where the worker is lost.
+    early = [task.name for task in durable if not (task.acks_late or getattr(task, "retry_on_worker_lost", False))]
     if early:
-        logger.warning("Durable tasks do not run again where their worker is killed, without acks_late: %s", early)
+        names = ", ".join(sorted(early))
+        logger.warning("Durable tasks do not run again where their worker is killed, without acks_late: %s", names)
 
 
 class Watch:
