@@ -6,10 +6,10 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo agent test chaos lint bench clean
+.PHONY: help demo agent test test-containers chaos lint bench clean
 
 help: ## Show the targets
-	@sed -n 's/^\([a-z]*\): .*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 8
 
 demo: .venv/.demo ## One MCP session on two workers, and a call that outlives its worker
 	@$(BIN)/python -m examples.demo
@@ -19,6 +19,9 @@ agent: .venv/.agent ## Two agents on two workers, in one MCP session; with a rea
 
 test: .venv/.test ## Run the tests; `make test ARGS="-k retry"` passes arguments on
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-containers: .venv/.test ## Run the tests on separate hosts, in containers; skipped where no Docker engine answers
+	@$(BIN)/python -m pytest tests/containers $(ARGS)
 
 chaos: .venv/.test ## Kill workers at random; `make chaos ARGS="--seed 123"` does a run again
 	@$(BIN)/python tests/chaos/run.py $(ARGS)

@@ -11,6 +11,9 @@ from worker_process import Worker
 
 _workers = pytest.StashKey[list[Worker]]()
 
+#: They need an engine of containers, and are asked for by their path: `make test-containers`.
+collect_ignore = ["containers"]
+
 #: Folders and files whose tests take long. They go first: side by side, the last one is not waited for alone.
 _LONG = ("chaos/", "workers/test_reaper_in_workers", "properties/", "workers/", "test_reaper.py", "test_cli.py")
 

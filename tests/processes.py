@@ -13,7 +13,9 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 
-def wait_until(predicate: Callable[[], _T], timeout: float = 30, what: str = "the condition") -> _T:
+def wait_until(
+    predicate: Callable[[], _T], timeout: float = 30, what: str = "the condition", pause: float = 0.02
+) -> _T:
     """Poll *predicate* until it returns something true, and return that.
 
     Raises:
@@ -23,7 +25,7 @@ def wait_until(predicate: Callable[[], _T], timeout: float = 30, what: str = "th
     while not (value := predicate()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout} s for {what}")
-        time.sleep(0.02)
+        time.sleep(pause)
     return value
 
 

@@ -1,0 +1,68 @@
+"""Fixtures: an engine of containers, and apps on separate hosts in it."""
+
+from pathlib import Path
+
+import docker
+import pytest
+from hosts import Hosts, Network, RabbitMQ, Redis
+from requests.exceptions import RequestException
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """A client of the Docker engine."""
+    try:
+        client = docker.from_env(timeout=120)
+        client.ping()
+    except (docker.errors.DockerException, RequestException) as exc:
+        pytest.skip(f"no Docker engine answers: {exc}")
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def image(engine):
+    """The image of workers and server, with the project installed; those of the brokers are there as well."""
+    for name in (Redis.image(), RabbitMQ.image()):
+        try:
+            engine.images.get(name)
+        except docker.errors.ImageNotFound:
+            engine.images.pull(name)
+    image, _ = engine.images.build(
+        path=str(HERE.parents[1]),
+        dockerfile="tests/containers/Dockerfile",
+        tag="mcp-celery-tests",
+        rm=True,
+        forcerm=True,
+    )
+    return image.id
+
+
+@pytest.fixture
+def network(engine, image):
+    """A network of containers, which are gone with it at the end of the test."""
+    network = Network(engine, image)
+    yield network
+    network.remove()
+
+
+@pytest.fixture
+def start(request, network):
+    """`start(broker, redis=None, **options)` returns `Hosts` without workers.
+
+    At the end of the test, no log of any of their containers may hold the ID of a session.
+    """
+    started = []
+
+    def start(broker, redis=None, **options):
+        started.append(Hosts(network, broker, redis, **options))
+        return started[-1]
+
+    yield start
+    for hosts in started:
+        hosts.teardown()
+        for name, log in hosts.logs().items():
+            print(f"--- {name}\n{log}")
+        hosts.assert_no_log_holds(filter(None, hosts.sessions()))
