@@ -5,6 +5,8 @@ from functools import partial
 
 from celery import Celery
 
+# Once in a worker, not in each of its processes.
+import mcp_celery.session  # noqa: F401
 from mcp_celery import MCPTask, journal
 
 IS_AMQP = os.environ["CELERY_BROKER_URL"].startswith("amqp")

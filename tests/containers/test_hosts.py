@@ -9,8 +9,6 @@ from hosts import CALL, HANDSHAKE, PATIENCE_SECONDS, Redis, wait_until
 
 from mcp_celery import SessionLostError
 
-pytestmark = pytest.mark.timeout(300, func_only=True)
-
 #: How soon another worker takes over what a lost one has begun.
 SOON = {"DURABLE": "yes", "VISIBILITY": "6", "LEASE": "3"}
 

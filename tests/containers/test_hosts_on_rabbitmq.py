@@ -4,8 +4,6 @@ import pytest
 from celery import chain, group
 from hosts import CALL, HANDSHAKE, RabbitMQ, Redis
 
-pytestmark = pytest.mark.timeout(300, func_only=True)
-
 
 @pytest.fixture
 def rabbitmq(network):

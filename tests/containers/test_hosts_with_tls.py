@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-import pytest
 import trustme
 from celery import chain
 from hosts import CALL, HANDSHAKE, Redis
-
-pytestmark = pytest.mark.timeout(300, func_only=True)
 
 PASSWORD = "a-password-that-no-log-may-hold"  # noqa: S105 - of this test
 
