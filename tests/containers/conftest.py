@@ -70,7 +70,7 @@ def network(engine, image):
 
 
 @pytest.fixture
-def start(request, network):
+def start(network):
     """`start(broker, redis=None, **options)` returns `Hosts` without workers.
 
     At the end of the test, no log of any of their containers may hold the ID of a session.
@@ -86,4 +86,4 @@ def start(request, network):
         hosts.teardown()
         for name, log in hosts.logs().items():
             print(f"--- {name}\n{log}")
-        hosts.assert_no_log_holds(filter(None, hosts.sessions()))
+        hosts.assert_no_log_holds(hosts.sessions())

@@ -148,9 +148,11 @@ class Network:
         def remove(container):
             self._client.containers.get(container.id).remove(force=True, v=True)
 
-        with ThreadPoolExecutor() as threads:  # each takes a second
-            list(threads.map(remove, self.containers))
-        self._network.remove()
+        try:
+            with ThreadPoolExecutor() as threads:  # each takes a second
+                list(threads.map(remove, self.containers))
+        finally:
+            self._network.remove()
 
 
 def archive(files: dict[str, bytes]) -> bytes:
@@ -186,10 +188,6 @@ class Hosts(CeleryTestSetup):
         self._results = {} if results is None else {"CELERY_RESULT_BACKEND": results}
         config = self.config(self._config) | ({} if results is None else {"result_backend": results})
         super().__init__(None, brokers, backends, self.create_setup_app(config, "publisher"))
-
-    @property
-    def redis(self):
-        return self.backend.container
 
     def add_workers(self, *queues):
         """Start a worker for each of these *queues*, which takes from the one for all as well."""
@@ -257,6 +255,7 @@ class Hosts(CeleryTestSetup):
         return {f"{type(each).__name__} {each.id[:12]}": each.logs() for each in self.network.containers}
 
     def assert_no_log_holds(self, secrets):
+        assert secrets
         for name, log in self.logs().items():
             for secret in secrets:
                 around = log[max(0, log.find(secret) - 300) :][:400]
