@@ -206,7 +206,7 @@ class Hosts(CeleryTestSetup):
     def stop(self, worker):
         """Stop a host as who maintains it does: the worker finishes what it has begun."""
         raw = self.network.raw(worker)
-        raw.stop(timeout=90)
+        raw.stop(timeout=300)
         assert raw.wait()["StatusCode"] == 0
 
     def step(self, name, *args, on="celery") -> Signature:
