@@ -105,6 +105,7 @@ def test_a_restart_of_redis_loses_no_workflow(on_redis):
 
 
 def test_a_rolling_restart_of_all_workers_under_load_loses_nothing(on_redis):
+    # A worker that stops may give back the message of a task that it has ended (celery/celery#3802).
     hosts = on_redis(DURABLE="yes")
     workers = hosts.add_workers("a", "b", "c")
     results, replaced = [], threading.Event()
