@@ -72,7 +72,7 @@ class RabbitMQ(Published, RabbitMQContainer):
 
 
 class Worker(CeleryWorkerContainer):
-    """A worker of `steps`, on two processes."""
+    """A worker of `hosted_steps`, on two processes."""
 
     @classmethod
     def worker_name(cls):
@@ -80,7 +80,8 @@ class Worker(CeleryWorkerContainer):
 
     @classmethod
     def command(cls, *args, **_):
-        return ["celery", "-A", "steps", "worker", "-l", "DEBUG", "-c", "2", "-n", f"{cls.worker_name()}@%h", *args]
+        name = ["-n", f"{cls.worker_name()}@%h"]
+        return ["celery", "-A", "hosted_steps", "worker", "-l", "DEBUG", "-c", "2", *name, *args]
 
 
 class Server(CeleryTestContainer):
@@ -210,7 +211,7 @@ class Hosts(CeleryTestSetup):
         assert raw.wait()["StatusCode"] == 0
 
     def step(self, name, *args, on="celery") -> Signature:
-        return self.app.signature(f"steps.{name}", args, queue=on)
+        return self.app.signature(f"hosted_steps.{name}", args, queue=on)
 
     def get(self, result):
         return result.get(timeout=PATIENCE_SECONDS)

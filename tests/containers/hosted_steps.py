@@ -19,7 +19,7 @@ REDIS = {
     "unacked_mutex_expire": 2,
 }
 
-app = Celery("steps")
+app = Celery("hosted_steps")
 app.conf.update(
     mcp_servers={"server": {"url": os.environ["SERVER"], "read_timeout_seconds": 20}},
     mcp_store_url=os.environ.get("STORE"),
