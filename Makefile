@@ -6,10 +6,10 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo agent test test-containers chaos lint bench clean
+.PHONY: help demo agent test test-containers chaos soak lint bench clean
 
 help: ## Show the targets
-	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
 
 demo: .venv/.demo ## One MCP session on two workers, and a call that outlives its worker
 	@$(BIN)/python -m examples.demo
@@ -25,6 +25,9 @@ test-containers: .venv/.test ## Run the tests on separate hosts, in containers; 
 
 chaos: .venv/.test ## Kill workers at random; `make chaos ARGS="--seed 123"` does a run again
 	@$(BIN)/python tests/chaos/run.py $(ARGS)
+
+soak: .venv/.soak ## Ten minutes of a mixed load: does memory grow, are threads, sockets or sessions left?
+	@$(BIN)/python tests/soak/run.py $(ARGS)
 
 lint: .venv/.lint ## Check style, types and the layers of the package
 	@$(BIN)/ruff check --quiet
