@@ -127,8 +127,6 @@ class Stage:
             self._settings = Settings(broker=f"{url}/0", store=f"{url}/1", server=f"{self._server_url}/mcp")
             app = new_app(self._settings)
             stack.callback(app.close)
-            # Results are asked for, so nobody has to be told of them when they come.
-            app.backend.result_consumer.consume_from = lambda _: None
             self.author = Author(app, Random(self._seed))  # noqa: S311 - as above
             stack.callback(self._kill_workers)
             for name in WORKERS:

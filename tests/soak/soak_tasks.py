@@ -133,6 +133,9 @@ def new_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
     )
+    # Results are asked for, and not waited for. Celery (5.7) keeps those of the members of a group in the process that has
+    # published it until they have come, which in a worker nobody looks for: they stay.
+    app.backend.add_pending_result = lambda result, **_: result
     for is_durable in (False, True):
         options = {"base": SoakTask, "bind": True, "shared": False, "mcp_durable": is_durable}
         for function in (note, note_at_once, tally, fail, mourn, retry):
