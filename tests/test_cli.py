@@ -495,7 +495,7 @@ def test_inspect_shows_the_sessions_that_a_worker_holds_open(environment, start_
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     worker = start_worker("commanded", "one", env=environment)
-    celery("-A", "commanded", "call", "commanded.wait", "-a", "[50]", env=environment)
+    celery("-A", "commanded", "call", "commanded.wait", "-a", "[300]", env=environment)
 
     def held():
         answer = celery("-A", "commanded", "inspect", "mcp_sessions", "--json", env=environment).stdout

@@ -530,6 +530,7 @@ def example(tmp_path, monkeypatch):
     monkeypatch.setenv("CELERY_BROKER_URL", "memory://")
     monkeypatch.setenv("CELERY_RESULT_BACKEND", "cache+memory://")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("celery._state._on_app_finalizers", set())  # or apps of other tests have these tasks too
     command = [sys.executable, "-m", "examples.notebook.server"]
     notebook = ChildProcess(command, tmp_path / "log", env={"NOTEBOOK_PORT": str(port)}, cwd=Path(__file__).parents[1])
     notebook.wait_until_ready(lambda: accepts(port), 30)
