@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo agent test test-containers chaos soak lint bench clean
+.PHONY: help demo agent test test-all test-containers chaos soak lint bench clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
@@ -19,6 +19,9 @@ agent: .venv/.agent ## Two agents on two workers, in one MCP session; with a rea
 
 test: .venv/.test ## Run the tests; `make test ARGS="-k retry"` passes arguments on
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: .venv/.nox ## On each Python that is installed, with the newest and the oldest dependencies; `ARGS="-s oldest -- -k retry"`
+	@JOBS=$(JOBS) $(BIN)/nox $(ARGS)
 
 test-containers: .venv/.test ## Run the tests on separate hosts, in containers; skipped where no Docker engine answers
 	@$(BIN)/python -m pytest tests/containers $(ARGS)
