@@ -135,7 +135,7 @@ def new_app(settings: Settings) -> Celery:
     )
     # Results are asked for, and not waited for. Celery (5.7) keeps those of the members of a group in the process that has
     # published it until they have come, which in a worker nobody looks for: they stay.
-    app.backend.add_pending_result = lambda result, **_: result
+    app.backend.add_pending_result = _leave
     for is_durable in (False, True):
         options = {"base": SoakTask, "bind": True, "shared": False, "mcp_durable": is_durable}
         for function in (note, note_at_once, tally, fail, mourn, retry):
@@ -144,6 +144,10 @@ def new_app(settings: Settings) -> Celery:
         app.task(function, name=_name(function), shared=False, acks_late=True, reject_on_worker_lost=True)
     app.finalize()
     return app
+
+
+def _leave(result: Any, **_: object) -> Any:
+    return result
 
 
 def _name(function: Callable[..., Any], *, durable: bool = False) -> str:
