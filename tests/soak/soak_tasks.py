@@ -133,8 +133,8 @@ def new_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
     )
-    # Results are asked for, and not waited for. Celery (5.7) keeps those of the members of a group in the process that has
-    # published it until they have come, which in a worker nobody looks for: they stay.
+    # Results are asked for, and not waited for. Celery (5.7) keeps those of the members of a group in the process that
+    # has published it until they have come, for which nobody looks in a worker: they stay.
     app.backend.add_pending_result = _leave
     for is_durable in (False, True):
         options = {"base": SoakTask, "bind": True, "shared": False, "mcp_durable": is_durable}
