@@ -29,7 +29,7 @@ test-containers: .venv/.test ## Run the tests on separate hosts, in containers; 
 chaos: .venv/.test ## Kill workers at random; `make chaos ARGS="--seed 123"` does a run again
 	@$(BIN)/python tests/chaos/run.py $(ARGS)
 
-soak: .venv/.soak ## Ten minutes of a mixed load: does memory grow, are threads, sockets or sessions left?
+soak: .venv/.soak ## Fifteen minutes of a mixed load: does memory grow, are threads, sockets or sessions left?
 	@$(BIN)/python tests/soak/run.py $(ARGS)
 
 lint: .venv/.lint ## Check style, types and the layers of the package

@@ -25,7 +25,7 @@ TURN_SECONDS = 0.2
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long there is load (default: 10)")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of load, the first third to warm up (default: 15)")
     parser.add_argument("--seed", type=int, help="of a run that is to be repeated; any by default")
     parser.add_argument("--out", type=Path, default=Path("build/soak"), metavar="FOLDER", help="default: build/soak")
     return parser.parse_args()

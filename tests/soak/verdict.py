@@ -8,13 +8,12 @@ from typing import Any
 from samples import Measured, ProcessSample
 
 #: Before this share of the load's time, caches fill and pools grow.
-WARM_UP = 0.2
+WARM_UP = 1 / 3
 #: A process that was there for so much of the time after it is long-lived, and judged by itself.
 LONG_LIVED = 0.9
 #: A line through its memory after the warm-up may rise by so much a minute. Above nothing, since the highest point of a
-#: process is reached in steps: a worker that was killed comes back, and all that has waited for it runs at once. See
-#: docs/soak.md for what was measured.
-RISE_MB_A_MINUTE = 1.5
+#: process is reached in steps: a worker that was killed comes back, and all that has waited for it runs at once.
+RISE_MB_A_MINUTE = 0.5
 #: The last quarter's maximum may be above that of the second one by so much, and by such a share of it.
 SLACK, SLACK_SHARE = 3, 0.15
 #: A run that is shorter is all warm-up: its growth is measured, and not judged.
