@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from samples import Measured, ProcessSample
@@ -14,8 +15,9 @@ LONG_LIVED = 0.9
 #: A line through its memory after the warm-up may rise by so much a minute. Above nothing, since the highest point of a
 #: process is reached in steps: a worker that was killed comes back, and all that has waited for it runs at once.
 RISE_MB_A_MINUTE = 0.5
-#: The last quarter's maximum may be above that of the second one by so much, and by such a share of it.
-SLACK, SLACK_SHARE = 3, 0.15
+#: The median of the last third may be above that of the second one by so much, or by such a share of it. Not the
+#: maximum: how many threads and sockets are in use at once goes by the load, which has its moments.
+SLACK, SLACK_SHARE = 2, 0.15
 #: A run that is shorter is all warm-up: its growth is measured, and not judged.
 SHORTEST_SECONDS = 300.0
 
@@ -88,11 +90,12 @@ def _judge_memory(name: str, samples: Sequence[ProcessSample], load_seconds: flo
 def _judge_count(
     name: str, measure: str, samples: Sequence[Any], of: Callable[[Any], int], load_seconds: float
 ) -> Finding:
-    quarter = load_seconds / 4
-    second = max((of(sample) for sample in samples if quarter <= sample.seconds < 2 * quarter), default=0)
-    last = max((of(sample) for sample in samples if sample.seconds >= 3 * quarter), default=0)
+    second, last = (
+        median(of(sample) for sample in samples if begin <= sample.seconds / load_seconds < end)
+        for begin, end in ((1 / 3, 2 / 3), (2 / 3, 1))
+    )
     is_flat = last <= second + max(SLACK, SLACK_SHARE * second)
-    return Finding(name, measure, f"at most {second} in the second quarter, {last} in the last", is_flat)
+    return Finding(name, measure, f"{second:g} in the second third, {last:g} in the last (medians)", is_flat)
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
