@@ -19,8 +19,6 @@ ROWS = [
     ("report", "a@worker-a", "resumed"),
 ]
 
-pytestmark = pytest.mark.timeout(900)
-
 
 def docker(*arguments, timeout=180):
     """Run a command, and return what it prints.
