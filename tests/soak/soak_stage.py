@@ -290,7 +290,8 @@ class Stage:
             time.sleep(SAMPLE_SECONDS)
 
     def _left(self) -> list[str]:
-        """What should have gone by itself: sessions, and keys in each of the databases."""
+        """Sessions and keys that should have gone by themselves, and workers that should not have."""
+        down = [f"worker {name} does not run" for name in WORKERS if not self._runs(name)]
         sessions = [f"session {key[:8]} is open at the server" for key in self.open_sessions()]
         kinds = Counter(
             f"{where}: {kind}"
@@ -301,7 +302,12 @@ class Stage:
         marks = self.measured.totals[-1].marks
         if marks > self.author.durable_tasks:
             sessions.append(f"{marks} durable tasks are marked as ended, of {self.author.durable_tasks}")
-        return sessions + [f"{count} keys are left in the {kind}" for kind, count in kinds.items()]
+        return down + sessions + [f"{count} keys are left in the {kind}" for kind, count in kinds.items()]
+
+    def _runs(self, name: str) -> bool:
+        """Whether a worker is there; one that was killed is, once it was started again."""
+        worker = self._workers.get(name)
+        return worker is not None and worker.running
 
 
 def kind_of(key: str) -> str:
@@ -311,7 +317,7 @@ def kind_of(key: str) -> str:
 
 def _children(worker: Worker) -> list[psutil.Process]:
     """The processes of a pool."""
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
         return [
             child
             for child in psutil.Process(worker.pid).children()
