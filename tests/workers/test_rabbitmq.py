@@ -51,6 +51,9 @@ class OnRabbitMQ:
             "task_default_queue": self.queue("common"),
             "control_exchange": self.queue("control"),
             "event_exchange": self.queue("events"),
+            # Or a worker of Celery 5.7 ends with RESOURCE_LOCKED that is back before the broker knows that it was gone.
+            "control_queue_exclusive": False,
+            "control_queue_durable": True,
             "broker_connection_retry_on_startup": True,
             **conf,
         }
