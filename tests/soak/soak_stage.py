@@ -51,8 +51,8 @@ MB = 1024 * 1024
 #: Task IDs, session keys and the like within a key.
 _VARYING = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{8,}")
 #: What stays, by kind: marks of durable tasks that have ended, for a day and more; which tasks the workers have, and
-#: who leads them; Kombu's tables of queues, and who looks for lost messages now; and marks of Celery that a chord has had
-#: its body, for 5 minutes.
+#: who leads them; Kombu's tables of queues, and who looks for lost messages now; and marks of Celery that a chord has
+#: had its body, for 5 minutes.
 STAYS = {
     "{mcp_celery}:journal:*",
     "{mcp_celery}:tasks",
