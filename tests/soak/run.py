@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "chaos"), str(HERE.parent.parent)]
 
 from soak_chart import draw  # noqa: E402 - found by the lines above
-from soak_stage import SAMPLE_SECONDS, Stage  # noqa: E402 - as above
+from soak_stage import LONG_LIVED, SAMPLE_SECONDS, Stage  # noqa: E402 - as above
 from verdict import SHORTEST_SECONDS, judge  # noqa: E402 - as above
 
 #: A workflow is sent so often, unless so many are under way.
@@ -66,7 +66,7 @@ def main() -> int:
         (arguments.out / "logs.txt").write_text(stage.logs())
     measured.write(arguments.out)
     draw(measured, arguments.out / "soak.svg")
-    findings = judge(measured)
+    findings = judge(measured, LONG_LIVED)
     print(*findings or [f"Growth is judged of runs of {SHORTEST_SECONDS / 60:g} minutes or more"], sep="\n")
     interrupted = ", ".join(f"{count} {name}" for name, count in ledger.interrupted.items()) or "none"
     shapes = ", ".join(f"{count} {shape}" for shape, count in ledger.right.items())

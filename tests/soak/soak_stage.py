@@ -28,14 +28,17 @@ from worker_process import Worker
 
 HERE = Path(__file__).parent
 KILLED, SPARED = QUEUES
+VICTIM_CHILDREN = 2
 #: Names of workers, their queues and their options.
 WORKERS = {
     # Of this one, the children are killed; of the next, all processes.
     "prefork": (KILLED, ("-P", "prefork", "-c", "3")),
-    "victim": (KILLED, ("-P", "prefork", "-c", "2")),
+    "victim": (KILLED, ("-P", "prefork", "-c", str(VICTIM_CHILDREN))),
     "threads": (SPARED, ("-P", "threads", "-c", "6")),
     "gevent": (SPARED, ("-P", "gevent", "-c", "20")),
 }
+#: Processes that live as long as the soak.
+LONG_LIVED = ("server main", "valkey main", "prefork main", "threads main", "gevent main")
 #: Children of "prefork" that are never killed, so that there is a line of them.
 SPARED_CHILDREN = 2
 #: A workflow that takes longer hangs.
@@ -280,7 +283,7 @@ class Stage:
         """Wait for the end of all that has begun, and return what is left of it that should not be."""
         self._wait(lambda: not self.under_way, FLOW_SECONDS + 30)
         self._wait(lambda: not self._left(), DRAIN_SECONDS)
-        return self._left()
+        return self._left() + self._interrupted_too_often()
 
     def _wait(self, holds: Callable[[], Any], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -303,6 +306,12 @@ class Stage:
         if marks > self.author.durable_tasks:
             sessions.append(f"{marks} durable tasks are marked as ended, of {self.author.durable_tasks}")
         return down + sessions + [f"{count} keys are left in the {kind}" for kind, count in kinds.items()]
+
+    def _interrupted_too_often(self) -> list[str]:
+        """A kill interrupts no more workflows than processes of a pool were killed: each runs one task."""
+        killed = sum(VICTIM_CHILDREN if kill.what == "worker" else 1 for kill in self.measured.kills)
+        interrupted = self.ledger.interrupted.total()
+        return [f"{interrupted} workflows were interrupted by {killed} kills"] if interrupted > killed else []
 
     def _runs(self, name: str) -> bool:
         """Whether a worker is there; one that was killed is, once it was started again."""

@@ -21,8 +21,8 @@ def measured(process=lambda sample: sample, total=lambda sample: sample, *, unti
     )
 
 
-def not_flat(found):
-    return [(finding.what, finding.measure) for finding in judge(found) if not finding.is_flat]
+def not_flat(found, expected=()):
+    return [(finding.what, finding.measure) for finding in judge(found, expected) if not finding.is_flat]
 
 
 def test_what_stays_as_it_is_is_flat():
@@ -64,6 +64,12 @@ def test_sessions_and_keys_that_pile_up_are_not_flat(measure, field):
 
 def test_a_process_that_was_killed_early_is_not_judged_by_itself():
     assert not_flat(measured(lambda sample: replace(sample, rss_mb=sample.seconds), until=300)) == []
+
+
+def test_a_process_that_should_have_lived_and_has_not_is_not_flat():
+    early = measured(until=300)
+    assert not_flat(early, ["prefork child"]) == [("prefork child", "life")]
+    assert not_flat(measured(), ["prefork child"]) == []
 
 
 def test_what_grows_after_the_load_has_ended_is_not_judged():

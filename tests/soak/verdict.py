@@ -35,10 +35,10 @@ class Finding:
         return f"{'flat    ' if self.is_flat else 'NOT FLAT'}  {self.what:<24} {self.measure:<16} {self.figure}"
 
 
-def judge(measured: Measured) -> list[Finding]:
+def judge(measured: Measured, expected: Sequence[str] = ()) -> list[Finding]:
     """Judge the memory, the threads, the sockets and the descriptors of long-lived processes, and what is in stores.
 
-    Nothing of a run that is too short.
+    Those whose names are *expected* have to be long-lived. Nothing of a run that is too short is judged.
     """
     if measured.load_seconds < SHORTEST_SECONDS:
         return []
@@ -50,6 +50,12 @@ def judge(measured: Measured) -> list[Finding]:
     for samples in lines.values():
         if _is_long_lived(samples, measured.load_seconds):
             findings += _judge_process(samples, measured.load_seconds)
+    judged = {finding.what for finding in findings}
+    findings += [
+        Finding(name, "life", "was not there all the time", is_flat=False)
+        for name in expected
+        if not any(what.startswith(f"{name} (") for what in judged)
+    ]
     totals = [sample for sample in measured.totals if sample.seconds <= measured.load_seconds]
     measures: dict[str, Callable[[Any], int]] = {
         "open sessions": lambda total: total.sessions,
