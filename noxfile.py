@@ -1,9 +1,10 @@
 """What `make test-all` runs: the tests on each Python, with the newest and the oldest dependencies.
 
-A Python that is not installed is skipped, and named at the end.
+A Python that is not installed is skipped, and named at the end; one that was asked for with `-s` or `-p` has to be there.
 """
 
 import os
+import sys
 
 import nox
 from packaging.requirements import Requirement
@@ -31,7 +32,7 @@ nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.download_python = "never"
 nox.options.envdir = ".venv-nox"
-nox.options.error_on_missing_interpreters = False
+nox.options.error_on_missing_interpreters = not {"-s", "--sessions", "-p", "--python"}.isdisjoint(sys.argv)
 
 
 @nox.session(python=["3.11", "3.12", "3.13", "3.14", "3.15"])

@@ -11,7 +11,7 @@ from celery import chain
 from examples.notebook.tasks import NOTEBOOK_URL, load, plan, report, simulate, transform
 
 PRINCIPAL, RATE, YEARS = 1000, 0.05, 10
-WAIT_SECONDS = 60
+WAIT_SECONDS = 180
 COLUMNS = ("task", "worker", "pid", "session", "how", "requests")
 
 
