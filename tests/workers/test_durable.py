@@ -143,9 +143,12 @@ class Durable:
         if self.has_messages():
             return False
         # Whoever has taken a message off the queue, and not noted it yet, does so before it answers.
-        inspect = self.app.control.inspect(timeout=1, limit=sum(worker.running for worker in self.workers))
-        busy = [*(inspect.active() or {"": [1]}).values(), *(inspect.reserved() or {"": [1]}).values()]
-        return not any(busy) and not self.has_messages()
+        running = sum(worker.running for worker in self.workers)
+        inspect = self.app.control.inspect(timeout=1, limit=running)
+        active, reserved = inspect.active() or {}, inspect.reserved() or {}
+        if not 0 < running == len(active) == len(reserved):
+            return False
+        return not any([*active.values(), *reserved.values()]) and not self.has_messages()
 
     def has_messages(self):
         return self.tasks.redis.exists("unacked", "celery") > 0
