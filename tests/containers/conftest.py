@@ -63,10 +63,14 @@ def image(engine):
 
 @pytest.fixture
 def network(engine, image):
-    """A network of containers, which are gone with it at the end of the test."""
+    """A network of containers, which are gone with it at the end of the test; where it fails, their logs are shown."""
     network = Network(engine, image)
     yield network
-    network.remove()
+    try:
+        for name, log in network.logs().items():
+            print(f"--- {name}\n{log}")
+    finally:
+        network.remove()
 
 
 @pytest.fixture
@@ -84,6 +88,4 @@ def start(network):
     yield start
     for hosts in started:
         hosts.teardown()
-        for name, log in hosts.logs().items():
-            print(f"--- {name}\n{log}")
         hosts.assert_no_log_holds(hosts.sessions())

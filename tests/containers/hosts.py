@@ -143,6 +143,10 @@ class Network:
         """The container of *node* as `docker` has it."""
         return self._client.containers.get(node.container.id)
 
+    def logs(self):
+        """What each container has printed."""
+        return {f"{type(each).__name__} {each.id[:12]}": each.logs() for each in self.containers}
+
     def remove(self):
         """Remove the containers, what they keep, and the network."""
 
@@ -251,13 +255,9 @@ class Hosts(CeleryTestSetup):
 
     # The end
 
-    def logs(self):
-        """What each container has printed."""
-        return {f"{type(each).__name__} {each.id[:12]}": each.logs() for each in self.network.containers}
-
     def assert_no_log_holds(self, secrets):
         assert secrets
-        for name, log in self.logs().items():
+        for name, log in self.network.logs().items():
             for secret in secrets:
                 around = log[max(0, log.find(secret) - 300) :][:400]
                 assert secret not in log, f"a secret is in the log of {name}: ...{around}"
