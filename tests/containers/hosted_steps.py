@@ -32,6 +32,8 @@ app.conf.update(
     # How soon a lost connection is seen.
     broker_heartbeat=2,
     broker_connection_timeout=5,
+    # Or a worker of Celery 5.7 ends with RESOURCE_LOCKED that is back before RabbitMQ knows that it was gone.
+    **({"control_queue_exclusive": False, "control_queue_durable": True} if IS_AMQP else {}),
     broker_transport_options={} if IS_AMQP else {**REDIS, "visibility_timeout": float(os.environ["VISIBILITY"])},
     redis_socket_timeout=5,
 )
