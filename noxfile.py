@@ -2,6 +2,22 @@
 
 A Python that is not installed is skipped, and named at the end; where it was asked for with `-s` or `-p`, that fails.
 """
+
+import os
+import sys
+
+import nox
+from packaging.requirements import Requirement
+
+PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+#: Those that the package itself needs, and its extras. The tools of the tests are new in every session.
+NEEDED = [
+    Requirement(line)
+    for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for line in lines
+]
+#: Prints what is installed, and fails for what is not as required.
+SHOW = """
 import sys
 from importlib.metadata import version
 from packaging.requirements import Requirement
