@@ -57,7 +57,12 @@ class MCPRequest(Request):
             bind_errbacks(self.task, self._context)
             if self.worker_pid is not None:
                 release_journal(self.task, self._context, self.worker_pid)
-        return super().on_failure(exc_info, *args, **kwargs)
+        # Celery 5.6 sends task_failure of it without its request.
+        self.task.request_stack.push(self._context)
+        try:
+            return super().on_failure(exc_info, *args, **kwargs)
+        finally:
+            self.task.request_stack.pop()
 
     def _success_was_stored(self) -> Any:
         """Whether Celery takes a task whose process is gone for one that has succeeded, and drops its message.
