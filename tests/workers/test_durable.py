@@ -17,6 +17,7 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from calls import is_call
 from celery import chain, chord, group, uuid
 from celery.exceptions import TaskRevokedError
+from celery_versions import needs_celery_5_7, skip_without_quick_redelivery
 from peers.recorder import Recorder
 from processes import wait_until
 from worker_process import Worker
@@ -222,6 +223,7 @@ def durable(one_worker):
 @pytest.fixture(scope="module")
 def quick_app(peers, recorders, valkey_server, tmp_path_factory):
     """Messages come again after a second, while leases last for two."""
+    skip_without_quick_redelivery()
     broker, folder = f"{valkey_server.connection_url}/{QUICK_DATABASE}", tmp_path_factory.mktemp("quick")
     with started(peers, recorders, broker, folder, VISIBILITY="1", LEASE="2") as durable:
         yield durable
@@ -398,6 +400,7 @@ def test_a_retry_of_a_task_that_is_durable_for_redeliveries_only_makes_all_calls
     durable.assert_ended()
 
 
+@needs_celery_5_7
 def test_of_two_retries_only_that_which_the_task_has_asked_for_makes_all_calls_anew(durable):
     result = durable.tasks.retries_anew.delay(2, "between")
     assert durable.get(result) == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from celery import chain, chord, group
+from celery_versions import parameters
 from recorded import CALL, assert_sessions
 from signatures import linked, still
 
@@ -128,7 +129,7 @@ ONE_SESSION = {
 }
 
 
-@pytest.mark.parametrize("shape", ONE_SESSION)
+@pytest.mark.parametrize("shape", parameters(ONE_SESSION, new=["two groups in turn, with nothing between"]))
 def test_a_workflow_of_any_shape_has_one_session(project, s, shape):
     flow, result, calls = ONE_SESSION[shape]
     assert project.run(flow(s)) == result

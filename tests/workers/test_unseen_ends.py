@@ -7,6 +7,7 @@ from socket import gethostname
 
 import pytest
 from celery import chain, group
+from celery_versions import parameters
 from conftest import Project, start_project
 from peers.recorder import Recorder
 from processes import wait_until
@@ -155,7 +156,7 @@ def run_all(project):
     project.rest()
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", parameters(ENDS, new=["killed and retried"]))
 def test_a_session_ends_though_no_task_function_sees_the_end(unseen, name):
     session_id = session_named(unseen.recorder, name)
     assert calls_of(unseen.recorder, session_id) == ENDS[name][1]
