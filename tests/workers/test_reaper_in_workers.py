@@ -382,7 +382,7 @@ def test_a_wrong_setting_costs_no_more_than_the_reaper(start):
 def test_inspect_shows_the_sessions_that_running_tasks_hold(start):
     app = start()
     app.start_worker("a", "-c", "2")
-    inspect = app.app.control.inspect(timeout=1)
+    inspect = app.app.control.inspect(timeout=30, limit=1)
     assert list(inspect._request("mcp_sessions").values()) == [[]]
     results = [app.tasks.works.delay(5) for _ in range(2)]
     wait_until(lambda: len(list(app.store.sessions())) == 2, 20, "two sessions")
@@ -398,5 +398,6 @@ def test_inspect_shows_the_sessions_that_running_tasks_hold(start):
 def test_inspect_says_why_it_cannot_show_sessions(start):
     app = start(mcp_store_url="")
     app.start_worker("a")
-    ((shown),) = app.app.control.inspect(timeout=1)._request("mcp_sessions").values()
+    inspect = app.app.control.inspect(timeout=30, limit=1)
+    ((shown),) = inspect._request("mcp_sessions").values()
     assert "no store" in shown["error"]
