@@ -11,7 +11,9 @@ from functools import partial
 from celery import Celery, chain
 from celery.exceptions import Ignore, Reject
 from celery.utils.log import get_task_logger
+from processes import wait_until
 from pydantic import BaseModel
+from redis import Redis
 
 from mcp_celery import MCPTask, SessionLostError, TransportError
 from mcp_celery.signals import call_finished, session_closed, session_lost, session_opened, session_resumed
@@ -569,6 +571,18 @@ def ends_plainly(self, value, how):
     end(self, how)
 
 
+def wait_until_accepted(task):
+    """Wait until the main process has seen that this task runs, by which it is acknowledged.
+
+    The pool gives the task of a process to another one if that process has died before.
+    """
+    broker = task.app.conf.broker_url
+    if broker.startswith("redis") and not task.acks_late:
+        tag = task.request.properties["delivery_tag"]
+        with Redis.from_url(broker) as client:
+            wait_until(lambda: not client.hexists("unacked", tag), what="the acknowledgement")
+
+
 def end(task, how):
     match how:
         case "failure":
@@ -580,6 +594,7 @@ def end(task, how):
         case "reject":
             raise Reject(how, requeue=False)
         case "kill":
+            wait_until_accepted(task)
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang":
             threading.Event().wait(60)
