@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from celery import Celery, chain, chord, group
 from celery.canvas import Signature
+from redelivery import LOOKS_SOON
 
 from mcp_celery import MCPTask
 
@@ -88,10 +89,7 @@ def new_app(settings: Settings) -> Celery:
     app = Celery("workload", broker=settings.broker, backend=settings.broker, set_as_current=False)
     transport = {
         "visibility_timeout": VISIBILITY_SECONDS,
-        # Kombu looks for lost messages every 100 seconds, and for 5 minutes not at all where a worker died doing so.
-        "unacked_restore_interval": 1,
-        "unacked_restore_throttle": 1,
-        "unacked_mutex_expire": 2,
+        **LOOKS_SOON,
         "socket_keepalive": True,
     }
     app.conf.update(

@@ -11,6 +11,7 @@ import calls
 from celery import Celery, chain, chord, group
 from celery.exceptions import Reject
 from celery.signals import after_task_publish, before_task_publish
+from redelivery import LOOKS_SOON
 from redis import Redis
 
 # Many processes are killed here, and those that come after them need not load the SDK anew.
@@ -35,10 +36,8 @@ app.conf.update(
     broker_transport_options={
         "socket_keepalive": True,
         "visibility_timeout": float(os.environ.get("VISIBILITY", "3600")),
+        **LOOKS_SOON,
         "unacked_restore_interval": 0.3,
-        "unacked_restore_throttle": 1,
-        # Who is killed while it restores messages would keep others from it for 5 minutes.
-        "unacked_mutex_expire": 2,
     },
 )
 journal.LEASE_SECONDS = float(os.environ.get("LEASE", journal.LEASE_SECONDS))
