@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
-from celery.canvas import Signature
+from celery.canvas import Signature, chain
 from docker import DockerClient
 from processes import free_port
 from processes import wait_until as wait_often
@@ -252,6 +252,33 @@ class Hosts(CeleryTestSetup):
         wait_until(lambda: len(self.deleted()) >= count, PATIENCE_SECONDS, f"{count} DELETEs")
         assert len(self.sessions()) == count
         assert sorted(self.deleted()) == sorted(self.sessions())
+
+    # What a worker's host goes through
+
+    def assert_another_host_takes_over(self, lose):
+        """Have *lose* take a host away in the middle of a call; another one finishes it. Return the workers of both."""
+        (a,) = self.add_workers("a")
+        steps = [self.step("remember", "soup"), self.step("hold", "call"), self.step("recall")]
+        result = chain(steps).apply_async()
+        self.wait_until_executed("call")
+        (b,) = self.add_workers("b")
+        lose(a)
+        self.wait_until_continued()
+        self.server.open_gate("call")
+        rows = self.get(result)
+        assert [row["worker"] for row in rows] == [a.hostname(), b.hostname(), b.hostname()]
+        assert [row["value"] for row in rows] == ["soup", "call", "soup"]
+        return a, b
+
+    def assert_lost_host_comes_back(self):
+        """Cut a host off in the middle of a call, which another one finishes; once it is back, it works again."""
+        a, b = self.assert_another_host_takes_over(self.network.cut)
+        self.network.mend(a)
+        rows = self.get(chain(self.step("remember", "tea", on="a"), self.step("recall", on="b")).apply_async())
+        assert [row["worker"] for row in rows] == [a.hostname(), b.hostname()]
+        assert rows[1]["value"] == "tea"
+        self.assert_each_session_is_ended_once(2)
+        assert self.executed() == {"before call": 1, "call": 1}
 
     # The end
 

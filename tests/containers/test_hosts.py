@@ -38,41 +38,13 @@ def test_a_chain_over_separate_hosts_keeps_one_session_with_one_handshake_and_on
 
 def test_a_call_on_a_host_that_is_killed_is_finished_by_another_host_and_executed_once(on_redis):
     hosts = on_redis(**SOON)
-    (a,) = hosts.add_workers("a")
-    steps = [hosts.step("remember", "soup"), hosts.step("hold", "call"), hosts.step("recall")]
-    result = chain(steps).apply_async()
-    hosts.wait_until_executed("call")
-    (b,) = hosts.add_workers("b")
-    a.kill()
-    hosts.wait_until_continued()
-    hosts.server.open_gate("call")
-    rows = hosts.get(result)
-    assert [row["worker"] for row in rows] == [a.hostname(), b.hostname(), b.hostname()]
-    assert [row["value"] for row in rows] == ["soup", "call", "soup"]
+    hosts.assert_another_host_takes_over(lambda worker: worker.kill())
     assert hosts.executed() == {"before call": 1, "call": 1}
     hosts.assert_each_session_is_ended_once(1)
 
 
-def test_a_host_without_network_loses_nothing_and_works_again_when_it_is_back(on_redis, network):
-    hosts = on_redis(**SOON)
-    (a,) = hosts.add_workers("a")
-    steps = [hosts.step("remember", "soup"), hosts.step("hold", "call"), hosts.step("recall")]
-    result = chain(steps).apply_async()
-    hosts.wait_until_executed("call")
-    (b,) = hosts.add_workers("b")
-    network.cut(a)
-    hosts.wait_until_continued()
-    hosts.server.open_gate("call")
-    rows = hosts.get(result)
-    assert [row["worker"] for row in rows] == [a.hostname(), b.hostname(), b.hostname()]
-    assert [row["value"] for row in rows] == ["soup", "call", "soup"]
-
-    network.mend(a)
-    rows = hosts.get(chain(hosts.step("remember", "tea", on="a"), hosts.step("recall", on="b")).apply_async())
-    assert [row["worker"] for row in rows] == [a.hostname(), b.hostname()]
-    assert rows[1]["value"] == "tea"
-    hosts.assert_each_session_is_ended_once(2)
-    assert hosts.executed() == {"before call": 1, "call": 1}
+def test_a_host_without_network_loses_nothing_and_works_again_when_it_is_back(on_redis):
+    on_redis(**SOON).assert_lost_host_comes_back()
 
 
 def test_a_restart_of_the_mcp_server_loses_the_sessions_under_way_and_no_later_one(on_redis):

@@ -42,41 +42,14 @@ def test_with_rabbitmq_and_no_store_a_chain_keeps_one_session_and_ends_it(rabbit
 
 def test_rabbitmq_gives_the_call_of_a_killed_host_to_another_at_once(rabbitmq, redis, start):
     hosts = start(rabbitmq, results="rpc://", env={"STORE": redis.url, "DURABLE": "yes", "LEASE": "3"})
-    (a,) = hosts.add_workers("a")
-    steps = [hosts.step("remember", "soup"), hosts.step("hold", "call"), hosts.step("recall")]
-    result = chain(steps).apply_async()
-    hosts.wait_until_executed("call")
-    (b,) = hosts.add_workers("b")
-    a.kill()
-    hosts.wait_until_continued()
-    hosts.server.open_gate("call")
-    rows = hosts.get(result)
-    assert [row["worker"] for row in rows] == [a.hostname(), b.hostname(), b.hostname()]
-    assert [row["value"] for row in rows] == ["soup", "call", "soup"]
+    hosts.assert_another_host_takes_over(lambda worker: worker.kill())
     assert hosts.executed() == {"before call": 1, "call": 1}
     hosts.assert_each_session_is_ended_once(1)
 
 
-def test_a_host_that_rabbitmq_has_lost_loses_nothing_and_works_again_when_it_is_back(rabbitmq, redis, start, network):
+def test_a_host_that_rabbitmq_has_lost_loses_nothing_and_works_again_when_it_is_back(rabbitmq, redis, start):
     hosts = start(rabbitmq, results="rpc://", env={"STORE": redis.url, "DURABLE": "yes", "LEASE": "3"})
-    (a,) = hosts.add_workers("a")
-    steps = [hosts.step("remember", "soup"), hosts.step("hold", "call"), hosts.step("recall")]
-    result = chain(steps).apply_async()
-    hosts.wait_until_executed("call")
-    (b,) = hosts.add_workers("b")
-    network.cut(a)
-    hosts.wait_until_continued()
-    hosts.server.open_gate("call")
-    rows = hosts.get(result)
-    assert [row["worker"] for row in rows] == [a.hostname(), b.hostname(), b.hostname()]
-    assert [row["value"] for row in rows] == ["soup", "call", "soup"]
-
-    network.mend(a)
-    rows = hosts.get(chain(hosts.step("remember", "tea", on="a"), hosts.step("recall", on="b")).apply_async())
-    assert [row["worker"] for row in rows] == [a.hostname(), b.hostname()]
-    assert rows[1]["value"] == "tea"
-    hosts.assert_each_session_is_ended_once(2)
-    assert hosts.executed() == {"before call": 1, "call": 1}
+    hosts.assert_lost_host_comes_back()
 
 
 def test_a_restart_of_rabbitmq_loses_no_workflow(rabbitmq, redis, start):
