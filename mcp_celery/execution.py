@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +18,19 @@ from celery import uuid
 from celery.exceptions import Ignore, Reject, Retry
 from celery.utils.log import get_task_logger
 
+from .durable_run import DurableRun
 from .eager import shared_now, warn_of_eager
 from .events import Event
-from .exceptions import HAS_TAKEN_OVER, ConfigurationError, MCPCeleryError, StoreError, SupersededError
+from .exceptions import HAS_TAKEN_OVER, ConfigurationError, MCPCeleryError, SupersededError
 from .handle import SessionHandle, server_name
-from .known_tasks import journal_id, of_server, settings_of, settings_of_journal, warn_of_store
+from .known_tasks import is_redelivered, journal_id, of_server, settings_of, settings_of_journal
 from .portal import Callers
 from .progress import TaskProgress, has_state
-from .redis_store import get_store
 from .settings import Conf, JournalSettings, log_level, progress_interval_seconds, server_settings
 from .signals import send
-from .store import Change, Leaving, Standing, Store
-from .sync_session import MCPSession, SyncJournal, new_journal, new_session
+from .store import Change, Leaving, Standing
+from .sync_session import MCPSession, new_session
+from .tally import Tally
 from .workflow import Ahead, Canvas, Carried, Signature, bind, carried
 
 if TYPE_CHECKING:
@@ -37,35 +38,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: How long Celery can hold a claim on a chord: two attempts to read results, or all attempts to publish.
-CLAIM_SECONDS = 60.0
-CLAIM_POLL_SECONDS = 0.5
-
 
 def execution_of(request: Any) -> "Execution | None":
     """Return the execution under way in *request*, if it is that of an MCP task."""
     execution: Execution | None = getattr(request, "mcp_execution", None)
     return execution
-
-
-def wait_for_claim(task: Any, request: Any) -> None:
-    """Wait until nobody claims the chord that a member of its header is about to tell of its end, again.
-
-    In Celery's Redis backend, the last member to end claims the chord, so as to publish its body. Where its process is
-    killed meanwhile, the claim lapses after some seconds; a member that told the chord before would see it and leave
-    the body to the dead process.
-    """
-    from celery.backends.redis import RedisBackend  # noqa: PLC0415 - only where there is one
-    from redis import RedisError  # noqa: PLC0415 - as above
-
-    if not request.chord or not request.group or not isinstance(task.backend, RedisBackend):
-        return
-    claim, deadline = task.backend.get_key_for_group(request.group, ".c"), time.monotonic() + CLAIM_SECONDS
-    try:
-        while task.backend.client.get(claim) not in {None, b"done"} and time.monotonic() < deadline:
-            time.sleep(CLAIM_POLL_SECONDS)
-    except RedisError as exc:
-        logger.debug("It is not known whether a chord is claimed (%s)", type(exc).__name__)
 
 
 class Execution:
@@ -90,6 +67,7 @@ class Execution:
         shared = shared_now.get() if request.is_eager or request.called_directly else None
         #: What eager tasks share, or None where each has its own session.
         self._eager = shared.sessions if shared is not None and shared.app is task.app else None
+        self._tally = Tally(task, self._holder, request.hostname, counts=self._eager is None)
         #: By server: what came with the message. Sessions of servers that this task does not use are passed on.
         self._given = {server: handle for server, (_, handle) in (self._eager or {}).items()}
         self._given |= {handle.server: handle for handle in brought.all}
@@ -102,7 +80,7 @@ class Execution:
         self._brought = {handle.key for handle in brought.all}
         self._given_by_user = {handle.key: handle for handle in brought.given}
         self._tentative = brought.handles if brought.tentative else ()
-        self._journal: SyncJournal | None = None
+        self._durable: DurableRun | None = None
         #: By key: the sessions of an earlier execution, which may have gone on or ended before.
         self._recovered: dict[str, SessionHandle] = {}
         #: By key: the sessions that go on elsewhere while this execution holds them, with the names of the tasks there.
@@ -152,28 +130,16 @@ class Execution:
             return
         settings = settings_of_journal(self._task)
         if settings is not None:
-            self._begin_journal(settings)
-        if request.retries or self._is_redelivered:
-            found = self._ask_store(lambda store: store.held_by(self._holder)) or []
-            for handle in found:
+            self._begin_durable(settings)
+        if request.retries or is_redelivered(request):
+            for handle in self._tally.held():
                 if handle.server not in self._given:
                     self._given[handle.server] = self._held[handle.key] = handle
 
-    @property
-    def _is_redelivered(self) -> bool:
-        return bool((self._request.delivery_info or {}).get("redelivered"))
-
-    def _begin_journal(self, settings: JournalSettings) -> None:
-        store = get_store(self._conf)
-        if store is None:
-            raise ConfigurationError(
-                f"Task {self._task.name} is durable, which takes a Redis or Valkey: set mcp_store_url"
-            )
-        self._journal = new_journal(store, journal_id(self._request), self._request.retries, settings)
-        self._journal.begin()
-        journal = self._journal.journal
-        if journal.is_done:
-            raise SupersededError("The task has ended before, and a copy of its message came again")
+    def _begin_durable(self, settings: JournalSettings) -> None:
+        self._durable = DurableRun(self._task, self._request, settings)
+        self._durable.begin()
+        journal = self._durable.journal
         if journal.is_continued:
             self._recovered |= {handle.key: handle for handle in self._given.values()}
         # Held or not: they may have been passed on before the worker was lost.
@@ -186,36 +152,29 @@ class Execution:
         Raises:
             SupersededError: This one counts no more.
         """
-        if self._journal is not None and self._journal.has_lost_lease():
+        if self._has_lost_lease():
             raise SupersededError(HAS_TAKEN_OVER)
+
+    def _has_lost_lease(self) -> bool:
+        return self._durable is not None and self._durable.has_lost_lease()
 
     def superseded_by(self, exc: BaseException | None) -> Ignore | Reject | None:
         """Return what a task raises instead of *exc* where all is left to another execution; None where it goes on.
 
         To one that has taken over, or that has ended the task before. Asks the store, so for ends other than a return.
         """
-        if self._journal is None or isinstance(exc, Ignore) or not isinstance(exc, Exception | None):
+        if self._durable is None:
             return None
-        journal = self._journal.journal
-        if not self._has_begun and isinstance(exc, SoftTimeLimitExceeded) and self._task.acks_late:
-            why = "Its time has run out while it waited for another run"
-        elif journal.is_done or isinstance(exc, SupersededError):
-            why = str(exc)
-        elif self._has_begun and self._journal.has_lost_lease():
-            why = HAS_TAKEN_OVER
-        else:
-            return None
-        logger.warning("Task %s[%s] goes no further here: %s", self._task.name, self._request.id, why)
-        self.is_handed_on = True
-        self._held.clear()
-        # A message that is acknowledged here may be gone for the other run as well: Redis brokers know both by one tag.
-        return Ignore(why) if journal.is_done else Reject(why, requeue=True)
+        instead = self._durable.superseded_by(exc, has_begun=self._has_begun)
+        if instead is not None:
+            self.is_handed_on = True
+            self._held.clear()
+        return instead
 
     def end_journal(self, state: str | None, *, is_requeued: bool) -> None:
         """Give the journal back, once the result is stored."""
-        if self._journal is not None:
-            has_ended = state in {"SUCCESS", "FAILURE", "IGNORED"} or (state == "REJECTED" and not is_requeued)
-            self._journal.end(is_done=has_ended and not self._is_retried, is_retried=self._is_retried)
+        if self._durable is not None:
+            self._durable.end(state, is_requeued=is_requeued, is_retried=self._is_retried)
 
     def first_session(self) -> MCPSession:
         """Return the session of the task's first server.
@@ -242,7 +201,7 @@ class Execution:
         if settings.name not in self._sessions:
             handle = self._given.get(settings.name)
             lost_at = None if handle is None else self._lost_at(handle, settings.keepalive_seconds)
-            journal = None if self._journal is None else self._journal.journal
+            journal = None if self._durable is None else self._durable.journal
             self._sessions[settings.name] = new_session(
                 settings,
                 handle,
@@ -276,7 +235,7 @@ class Execution:
                     self.callers,
                     interval_seconds=interval_seconds,
                     current_call=current_call,
-                    is_superseded=lambda: self._journal is not None and self._journal.has_lost_lease(),
+                    is_superseded=self._has_lost_lease,
                 )
             self._asked = Asked(task, self.callers, get_task_logger(task.name), progress=progress, log_level=level)
         return self._asked
@@ -306,14 +265,12 @@ class Execution:
     def closed(self, handle: SessionHandle) -> None:
         """Forget a session that has ended at its server."""
         self._forget(handle)
-        end = {**self._event("closed"), "why": "done"}
-        self._ask_store(lambda store: store.ended(handle.key, end))
+        self._tally.closed(handle)
 
     def detached(self, handle: SessionHandle) -> None:
         """Leave a session to whoever has its handle now."""
         if self._forget(handle):
-            change = Change(leaving=[self._holder], when_empty=Leaving.DETACH, events=[self._event("detached")])
-            self._change(handle, change)
+            self._tally.detached(handle)
 
     @property
     def _signal(self) -> Callable[[Event], None]:
@@ -329,11 +286,8 @@ class Execution:
             ahead.errbacks += self._canvas.errbacks_of(self._request)
             self._settle(ahead, "done")
             self.is_settled = True
-            self._wait_for_claim()
-
-    def _wait_for_claim(self) -> None:
-        if self._journal is not None and (self._is_redelivered or self._journal.journal.is_continued):
-            wait_for_claim(self._task, self._request)
+            if self._durable is not None:
+                self._durable.wait_for_claim()
 
     def bind_replacement(self, signature: Signature) -> None:
         """Pass each session on to what replaces this task, or end it where nothing there takes one."""
@@ -367,7 +321,7 @@ class Execution:
             self._held.pop(handle.key, None)
             step = self._step(handle, "retried")
             # The next attempt may have ended by now, and the session with it: nothing begins anew here.
-            self._change(handle, replace(step, leaving=(), create=False))
+            self._tally.change(handle, replace(step, leaving=(), create=False))
 
     def end(self, exc: BaseException) -> None:
         """The task function, or what was done for it, has raised *exc*."""
@@ -390,7 +344,7 @@ class Execution:
         if not requeue:
             self._end("rejected")
             return
-        if self._journal is not None:
+        if self._durable is not None:
             self._held.clear()  # what was opened here, the next run goes on with
             return
         for key in self._brought:
@@ -403,16 +357,16 @@ class Execution:
     def fail(self, exc: BaseException) -> None:
         """Pass all sessions on to the errbacks, or end them where there are none."""
         errbacks = self._canvas.errbacks_of(self._request)
-        is_for_others = bool(errbacks) or self._journal is not None
-        if not isinstance(exc, Exception) and (self._task.acks_late or (is_for_others and self._store() is not None)):
+        is_for_others = bool(errbacks) or self._durable is not None
+        if not isinstance(exc, Exception) and (self._task.acks_late or (is_for_others and self._tally.has_store())):
             # The process is being ended, with its worker perhaps. Where the task runs again, or its errbacks do, is
             # decided outside of it: by the worker's main process, which lets go of the sessions where neither does, or
             # by who gets the message next.
             self._held.clear()
         else:
             self._end("failed", errbacks)
-            if isinstance(exc, Exception):
-                self._wait_for_claim()
+            if isinstance(exc, Exception) and self._durable is not None:
+                self._durable.wait_for_claim()
         self.is_handed_on = True
 
     def leave(self, outcome: str) -> None:
@@ -432,7 +386,8 @@ class Execution:
             session.release()
         for handle in list(self._held.values()):
             # Neither passed on nor ended: closed by the task in vain, or left behind for another one.
-            self._leave_to_reaper(handle)
+            del self._held[handle.key]
+            self._tally.abandoned(handle)
 
     def end_carried(self, handle: SessionHandle, never: Iterable[str], errbacks: Mapping[str, str]) -> None:
         """End a session that was bound to the tasks *never*, which will not run, and to *errbacks*, which do."""
@@ -486,7 +441,7 @@ class Execution:
             if not change.joining:
                 self._eager[handle.server] = (self._task, handle)
             return
-        standing = self._change(handle, change)
+        standing = self._tally.change(handle, change)
         # Where it never was a holder itself, or runs again after its worker was lost, somebody else may have ended what
         # the store does not know any more.
         is_alone = _is_uncounted(standing) and not handle.shared and not change.joining
@@ -494,38 +449,21 @@ class Execution:
         if standing is Standing.LAST or (is_alone and is_known and handle.key not in self._recovered):
             self._close(handle)
         elif handle.shared or len(change.joining) > 1:
-            self._warn_if_uncounted(handle, standing)
+            self._tally.warn_if_uncounted(handle, standing)
 
     def _share(self, handle: SessionHandle, ahead: Ahead, kind: str) -> None:
         shared = replace(handle, shared=True)
         if handle.session_id is not None and (bound := self._bind(shared, ahead.tasks, ahead.errbacks, kind)):
             self._shared.setdefault(handle.key, []).extend(bound.values())
-            change = Change(joining=bound, **of_server(self._task, handle))
-            self._warn_if_uncounted(handle, self._change(handle, change))
-
-    def _warn_if_uncounted(self, handle: SessionHandle, standing: Standing | None) -> None:
-        # Where the store has not answered, that has been said.
-        if standing is Standing.UNCOUNTED or (standing is None and self._store() is None):
-            _warn_of_uncounted(handle.server)
+            self._tally.warn_if_uncounted(handle, self._tally.share(handle, bound))
 
     def _hold(self, handle: SessionHandle) -> None:
         self._held[handle.key] = handle
-        event = self._event("opened")
-        is_opened_here = handle.key not in self._brought
-        change = Change(
-            joining={self._holder: self._task.name},
-            create=not handle.shared,
-            events=[event] if is_opened_here else [],
-            opened_by={name: event[name] for name in ("task", "id", "worker")} if is_opened_here else None,
-            **of_server(self._task, handle),
-        )
-        self._change(handle, change)
+        self._tally.hold(handle, is_opened_here=handle.key not in self._brought)
 
     def _hold_if_alive(self, handle: SessionHandle) -> None:
         """Join the holders of a session; where it has ended meanwhile, this execution has none of that server."""
-        joining = Change(joining={self._holder: self._task.name}, **of_server(self._task, handle))
-        if self._change(handle, joining) in {Standing.ENDED, Standing.UNCOUNTED}:
-            self._change(handle, Change(leaving=[self._holder]))
+        if not self._tally.hold_if_alive(handle):
             self._given.pop(handle.server, None)
             self._held.pop(handle.key, None)
             self._brought.discard(handle.key)
@@ -541,11 +479,7 @@ class Execution:
         for handle in [held for held in self._held.values() if held.server in lost]:
             self._held.pop(handle.key)
             step = self._step(handle, outcome, never.get(handle.key, ()), when_empty=Leaving.LOST)
-            self._change(handle, step)
-
-    def _leave_to_reaper(self, handle: SessionHandle) -> None:
-        self._held.pop(handle.key, None)
-        self._change(handle, Change(leaving=[self._holder], when_empty=Leaving.ABANDON))
+            self._tally.change(handle, step)
 
     def _close(self, handle: SessionHandle) -> None:
         try:
@@ -558,52 +492,16 @@ class Execution:
             # The soft time limit too: the task is done, and its outcome is not changed by this.
             logger.warning("A session is left to the reaper, or to the idle timeout of its server: %s", exc)
 
-    # -- The store
-
     @property
     def _conf(self) -> Conf:
         conf: Conf = self._task.app.conf
         return conf
 
-    def _store(self) -> Store | None:
-        try:
-            return get_store(self._conf)
-        except ConfigurationError as exc:  # said before, by `MCPTask`
-            logger.debug("%s", exc)
-            return None
-
-    def _ask_store(self, question: Callable[[Store], Any]) -> Any:
-        """Return the answer; None without a store, or where it does not answer."""
-        store = self._store()
-        if store is None:
-            return None
-        try:
-            answer = question(store)
-        except StoreError as exc:
-            logger.debug("%s", exc)
-            warn_of_store(str(exc))
-            return None
-        warn_of_store.cache_clear()
-        return answer
-
-    def _change(self, handle: SessionHandle, change: Change) -> Standing | None:
-        standing: Standing | None = None
-        if handle.session_id is not None and self._eager is None:
-            standing = self._ask_store(lambda store: store.change(handle, change))
-        return standing
-
     def _lost_at(self, handle: SessionHandle, keepalive_seconds: float) -> float | None:
         """Return when a ping has found the session lost. Asked only where one can have been sent meanwhile."""
         if not keepalive_seconds or time.time() - self._bound_at < keepalive_seconds:
             return None
-        lost_at: float | None = self._ask_store(lambda store: store.lost_at(handle.key))
-        return lost_at
-
-    # -- The history
-
-    def _event(self, what: str) -> dict[str, Any]:
-        worker = self._request.hostname
-        return {"what": what, "at": time.time(), "task": self._task.name, "id": self._holder, "worker": worker}
+        return self._tally.lost_at(handle)
 
     def _step(
         self,
@@ -617,7 +515,7 @@ class Execution:
         """This execution and those that will *never* run leave, others join; and the history says what was done."""
         session = self._sessions.get(handle.server)
         step = {
-            **self._event("step"),
+            **self._tally.event("step"),
             "at": self._started,
             "until": time.time(),
             "outcome": outcome,
@@ -638,13 +536,3 @@ class Execution:
 def _is_uncounted(standing: Standing | None) -> bool:
     """Whether the store cannot say who holds a session. Then one that is not shared is its holder's alone."""
     return standing in {None, Standing.UNCOUNTED}
-
-
-@cache
-def _warn_of_uncounted(server: str) -> None:
-    """Once a process and server."""
-    logger.warning(
-        "A session of server %r goes on in several branches of a workflow, and no store counts who still holds it: "
-        "it is left to the idle timeout of the server",
-        server,
-    )

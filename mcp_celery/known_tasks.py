@@ -73,6 +73,11 @@ def journal_id(request: Any) -> str:
     return f"{request.id}.{nesting}" if nesting else str(request.id)
 
 
+def is_redelivered(request: Any) -> bool:
+    """Whether the broker says that the message of *request* was delivered before."""
+    return bool((request.delivery_info or {}).get("redelivered"))
+
+
 def settings_of_journal(task: Any) -> JournalSettings | None:
     """Return how *task* keeps its journal; None where it is not durable.
 
