@@ -31,11 +31,12 @@ class QuickServer:
 
     What it is asked goes to `journal`, in order: `{"what": "opened" | "used" | "deleted" | "refused", "session": the
     short form of its ID}`. "refused" is any request in a session that it does not know, or no longer. It knows
-    *sessions* from the beginning.
+    *sessions* from the beginning, and takes *delete_seconds* to end one.
     """
 
-    def __init__(self, journal: Journal, sessions: Iterable[str] = ()) -> None:
+    def __init__(self, journal: Journal, sessions: Iterable[str] = (), *, delete_seconds: float = 0) -> None:
         self._journal = journal
+        self._delete_seconds = delete_seconds
         self._sessions = set(sessions)
         self._started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="quick server", daemon=True)
@@ -81,7 +82,10 @@ class QuickServer:
                 name, _, value = field.decode().partition(":")
                 headers[name.lower()] = value.strip()
             body = await reader.readexactly(int(headers.get("content-length", 0)))
-            status, more, answer = self._answer(line.split(b" ")[0].decode(), headers, body)
+            method = line.split(b" ")[0].decode()
+            if method == "DELETE":
+                await asyncio.sleep(self._delete_seconds)
+            status, more, answer = self._answer(method, headers, body)
             content = b"" if answer is None else json.dumps(answer).encode()
             fields = {"Content-Length": str(len(content)), **({"Content-Type": "application/json"} if content else {})}
             head = "".join(f"{name}: {value}\r\n" for name, value in {**fields, **more}.items())

@@ -231,7 +231,7 @@ def test_thousands_of_expired_sessions_are_ended_once_each_and_hold_no_task_up(s
     ids = [f"{number:032x}" for number in range(2000)]
     expired = {short_hash(session_id) for session_id in ids}
     journal = []
-    with QuickServer(journal, ids) as server:
+    with QuickServer(journal, ids, delete_seconds=0.15) as server:  # so that the tasks end in the middle of it
         app = start(mcp_servers={"peer": {"url": server.url}})
         app.expire(ids)
         worker = app.start_worker("a")
