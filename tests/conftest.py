@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from pathlib import Path
 
+import celery_versions
 import pytest
 from peers.recorder import Recorder
 from peers.servers import Peers, missing
@@ -16,6 +17,10 @@ collect_ignore = ["containers"]
 
 #: Folders and files whose tests take long. They go first: side by side, the last one is not waited for alone.
 _LONG = ("chaos/", "workers/test_reaper_in_workers", "properties/", "workers/", "test_reaper.py", "test_cli.py")
+
+
+def pytest_configure(config):
+    celery_versions.pass_over_warnings(config)
 
 
 def pytest_collection_modifyitems(items):

@@ -5,6 +5,7 @@ from random import Random
 import pytest
 from arena import Arena
 from campaign import Campaign
+from celery_versions import skip_without_quick_redelivery
 from points import IN_FLIGHT, IN_MAIN, POINTS
 
 #: As long as it takes for events to come in the middle of a call.
@@ -38,6 +39,7 @@ def test_a_process_that_is_killed_costs_a_workflow_nothing_wherever_it_was(campa
 
 
 def test_a_worker_that_is_killed_is_replaced_by_another_one(campaign_on):
+    skip_without_quick_redelivery()
     campaign = campaign_on("python, events in redis")
     campaign.kill_at(["tool finished, before it is read", *IN_MAIN], "worker")
     campaign.fail(["server restarted, a child killed"])

@@ -352,6 +352,19 @@ def in_branches() -> st.SearchStrategy[Canvas]:
     return st.builds(lambda opener, then: Chain(parts=(opener, then)), _opener(), parts)
 
 
+def with_a_retry() -> st.SearchStrategy[Canvas]:
+    """A task that is retried in a session of the one before it."""
+    retried = _opener(retries=st.just(1), is_auto=st.booleans())
+    return st.tuples(_opener(), retried).map(lambda parts: Chain(parts=parts))
+
+
+def with_errbacks() -> st.SearchStrategy[Canvas]:
+    """A task that fails in a session of the one before it, with errbacks that get that as well."""
+    errbacks = st.lists(_opener(role=st.just("errback")), min_size=1, max_size=2).map(tuple)
+    failing = _opener(end=st.just("raises"), errbacks=errbacks)
+    return st.tuples(_opener(), failing).map(lambda parts: Chain(parts=parts))
+
+
 def past_a_failure() -> st.SearchStrategy[Canvas]:
     """A plain task that fails, between tasks that share a session, with an errback that gets that as well."""
     errback = _opener(role=st.just("errback"))

@@ -142,8 +142,8 @@ FAULTS: dict[Plant, Callable[[], st.SearchStrategy[canvases.Canvas]]] = {
     a_holder_leaves_and_then_asks_whether_it_was_the_last: canvases.in_branches,
     who_has_left_may_still_join: canvases.past_a_failure,
     the_store_is_not_asked_who_else_holds_the_session: canvases.in_branches,
-    a_retry_leaves: canvases.in_turn,
+    a_retry_leaves: canvases.with_a_retry,
     a_retry_gets_no_session: canvases.in_turn,
-    errbacks_are_not_counted: canvases.in_turn,
+    errbacks_are_not_counted: canvases.with_errbacks,
     only_one_session_goes_on: canvases.in_turn,
 }
