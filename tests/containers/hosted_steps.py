@@ -4,6 +4,7 @@ import os
 from functools import partial
 
 from celery import Celery
+from redelivery import LOOKS_SOON
 
 # Once in a worker, not in each of its processes.
 import mcp_celery.session  # noqa: F401
@@ -14,9 +15,7 @@ REDIS = {
     "socket_timeout": 5,
     "socket_connect_timeout": 5,
     "health_check_interval": 2,
-    "unacked_restore_interval": 1,
-    "unacked_restore_throttle": 1,
-    "unacked_mutex_expire": 2,
+    **LOOKS_SOON,
 }
 
 app = Celery("hosted_steps")
