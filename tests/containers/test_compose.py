@@ -137,6 +137,22 @@ def test_a_worker_that_lost_its_broker_turns_unhealthy_and_healthy_again(stack, 
     wait_until_health(stack, "worker-a", "healthy")
 
 
+def test_the_profile_browser_shows_one_page_on_two_hosts_and_returns(stack, shown):
+    stack.compose("--profile", "browser", "build", "browser", timeout=500)  # which installs Chromium
+    lines = stack.compose("run", "--rm", "-T", "browser-run").splitlines()
+    sessions = [re.fullmatch(r"(\w+) +(\S+) +session (\w{8}) (\w+), requests: \d+", line) for line in lines[:3]]
+    assert [found.group(1, 2, 4) for found in sessions] == [
+        ("open_page", "a@browser-worker-a", "opened"),
+        ("fill_in", "b@browser-worker-b", "resumed"),
+        ("read_page", "a@browser-worker-a", "resumed"),
+    ]
+    assert len({found[3] for found in sessions}) == 1
+    assert lines[3:] == ["Soup for Ada"]
+    for service in ("browser", "browser-worker-a", "browser-worker-b"):
+        assert stack.containers()[service]["State"]["Health"]["Status"] == "healthy", service
+        assert stack.compose("exec", "-T", service, "id", "-u").strip() != "0", service
+
+
 def wait_until_health(stack, service, health, seconds=120):
     deadline = time.monotonic() + seconds
     while (now := stack.containers()[service]["State"]["Health"]["Status"]) != health:
