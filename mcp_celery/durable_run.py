@@ -60,7 +60,7 @@ class DurableRun:
             raise SupersededError("The task has ended before, and a copy of its message came again")
 
     def has_lost_lease(self) -> bool:
-        """Return whether another run has taken over. Asks the store where the lease may have lapsed."""
+        """Return whether another run has taken over; see `Journal.has_lost_lease`."""
         return self._journal.has_lost_lease()
 
     def superseded_by(self, exc: BaseException | None, *, has_begun: bool) -> Ignore | Reject | None:
@@ -85,9 +85,9 @@ class DurableRun:
     def wait_for_claim(self) -> None:
         """Wait until nobody claims the chord that this member of its header is about to tell of its end, again.
 
-        In Celery's Redis backend, the last member to end claims the chord, so as to publish its body. Where its process
-        is killed meanwhile, the claim lapses after some seconds; a member that told the chord before would see it and
-        leave the body to the dead process.
+        Returns at once in a first run. In Celery's Redis backend, the last member to end claims the chord, so as to
+        publish its body. Where its process is killed meanwhile, the claim lapses after some seconds; a member that told
+        the chord before would see it and leave the body to the dead process.
         """
         if is_redelivered(self._request) or self.journal.is_continued:
             _wait_for_claim(self._task, self._request)

@@ -386,7 +386,7 @@ class Execution:
             session.release()
         for handle in list(self._held.values()):
             # Neither passed on nor ended: closed by the task in vain, or left behind for another one.
-            del self._held[handle.key]
+            self._held.pop(handle.key, None)
             self._tally.abandoned(handle)
 
     def end_carried(self, handle: SessionHandle, never: Iterable[str], errbacks: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ class Tally:
     Args:
         task: The MCP task that names the servers.
         holder: The ID that the execution goes by, among other holders.
-        worker: Host name of the worker; None outside of workers.
+        worker: The `hostname` of the request, for the history.
         counts: False where nothing is counted: for tasks that are executed eagerly and share their sessions.
     """
 

@@ -10,6 +10,8 @@ from peers.servers import Peers, missing
 from processes import free_port
 from worker_process import Worker
 
+pytest.register_assert_rewrite("hosts")
+
 _workers = pytest.StashKey[list[Worker]]()
 
 #: They need an engine of containers, and are asked for by their path: `make test-containers`.
@@ -20,7 +22,7 @@ _LONG = ("chaos/", "workers/test_reaper_in_workers", "properties/", "workers/", 
 
 
 def pytest_configure(config):
-    celery_versions.pass_over_warnings(config)
+    celery_versions.bear_with_publishers(config)
 
 
 def pytest_collection_modifyitems(items):

@@ -371,7 +371,6 @@ def test_what_a_method_returns_is_awaited_where_it_can_be(recorded_peer, run):
     assert run(recorded_peer("python").url, Deferring, ask) == ("unknown: on whales", "accept: to why", "x")
 
 
-@pytest.mark.filterwarnings("error")
 def test_what_comes_to_be_awaited_after_the_call_has_ended_is_dropped(recorded_peer, run):
     ended = threading.Event()
 

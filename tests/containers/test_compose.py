@@ -137,18 +137,27 @@ def test_a_worker_that_lost_its_broker_turns_unhealthy_and_healthy_again(stack, 
     wait_until_health(stack, "worker-a", "healthy")
 
 
-def test_the_profile_browser_shows_one_page_on_two_hosts_and_returns(stack, shown):
-    stack.compose("--profile", "browser", "build", "browser", timeout=500)  # which installs Chromium
-    lines = stack.compose("run", "--rm", "-T", "browser-run").splitlines()
-    sessions = [re.fullmatch(r"(\w+) +(\S+) +session (\w{8}) (\w+), requests: \d+", line) for line in lines[:3]]
-    assert [found.group(1, 2, 4) for found in sessions] == [
+@pytest.fixture
+def browser(stack, shown):
+    """What the profile adds to the stack that is up, while the test runs. Builds the image, which has Chromium."""
+    services = ["browser", "browser-worker-a", "browser-worker-b"]
+    stack.compose("--profile", "browser", "build", "browser", timeout=900)
+    stack.compose("up", "--detach", "--wait", *services)
+    yield services
+    stack.compose("rm", "--stop", "--force", *services)
+
+
+def test_the_profile_browser_shows_one_page_on_two_hosts_and_returns(stack, browser):
+    shown = stack.compose("run", "--rm", "-T", "browser-run")
+    rows = re.findall(r"^(\w+) +(\S+) +session (\w{8}) (\w+), requests: \d+$", shown, re.MULTILINE)
+    assert [(task, worker, how) for task, worker, _, how in rows] == [
         ("open_page", "a@browser-worker-a", "opened"),
         ("fill_in", "b@browser-worker-b", "resumed"),
         ("read_page", "a@browser-worker-a", "resumed"),
     ]
-    assert len({found[3] for found in sessions}) == 1
-    assert lines[3:] == ["Soup for Ada"]
-    for service in ("browser", "browser-worker-a", "browser-worker-b"):
+    assert len({session for _, _, session, _ in rows}) == 1
+    assert shown.splitlines()[3:] == ["Soup for Ada"]
+    for service in browser:
         assert stack.containers()[service]["State"]["Health"]["Status"] == "healthy", service
         assert stack.compose("exec", "-T", service, "id", "-u").strip() != "0", service
 
