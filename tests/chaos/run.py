@@ -65,7 +65,8 @@ def run(server: str, seed: int, kills: int, arguments: argparse.Namespace) -> Fi
 def main() -> int:
     arguments = parse_arguments()
     # So that all that was started ends.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
     print(f"Seed {seed}", flush=True)
     servers = arguments.server or list(SERVERS)

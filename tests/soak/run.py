@@ -54,7 +54,8 @@ def load(stage: Stage, seconds: float) -> None:
 def main() -> int:
     arguments = parse_arguments()
     # So that all that was started ends.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
     print(f"Seed {seed}, {arguments.minutes:g} minutes of load", flush=True)
     with Stage(seed) as stage:
