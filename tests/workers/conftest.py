@@ -154,7 +154,7 @@ def project(peer_project):
     for name, log in peer_project.logs().items():
         print(f"--- worker {name}\n{log}")
     try:
-        wait_until(lambda: not peer_project.stored(), 30, f"an empty store; it has {peer_project.stored()}")
+        wait_until(lambda: not peer_project.stored(), what=f"an empty store; it has {peer_project.stored()}")
     finally:
         peer_project.empty_store()
 

@@ -66,4 +66,4 @@ def assert_sessions(project, calls):
     for session_id in ids:
         assert_well_kept(recorder, session_id)
     assert sorted(calls_of(recorder, session_id) for session_id in ids) == counts, recorder.methods()
-    wait_until(lambda: not project.stored(), 30, "an empty store")
+    wait_until(lambda: not project.stored(), what="an empty store")

@@ -21,7 +21,7 @@ def stateless_project(start_peer, valkey_server, tmp_path):
 
 def test_progress_is_the_state_of_the_task_until_it_ends(project):
     result = project.tasks.reports.delay(30, 0.05)
-    wait_until(lambda: result.state == "PROGRESS", 30, "progress")
+    wait_until(lambda: result.state == "PROGRESS", what="progress")
     info = result.info
     assert (info["tool"], info["total"], info["message"]) == ("slow", 30, f"step {info['progress']:g}")
     assert result.get(timeout=60) == "done"
@@ -39,7 +39,7 @@ def test_monitors_are_told_of_progress_where_events_are_on_and_of_the_end_after_
         assert project.tasks.reports_unmonitored.delay(2, 0.05).get(timeout=60) == "done"
         told = project.tasks.reports.delay(30, 0.05)
         assert told.get(timeout=60) == "done"
-        wait_until(lambda: ("task-succeeded", told.id) in map(kind_of, events.seen.copy()), 30, "the last event")
+        wait_until(lambda: ("task-succeeded", told.id) in map(kind_of, events.seen.copy()), what="the last event")
     state = app.events.State()
     for event in events.seen:
         state.event(event)

@@ -53,7 +53,7 @@ def project(workers):
         for word in ("never awaited", "never retrieved", "was destroyed", "ResourceWarning", "RuntimeWarning"):
             assert word not in log
     try:
-        wait_until(lambda: not workers.stored(), 30, "an empty store")
+        wait_until(lambda: not workers.stored(), what="an empty store")
     finally:
         workers.empty_store()
 

@@ -102,7 +102,7 @@ class Durable:
             return sum(is_call(exchange) and exchange.rpc_params["name"] == "slow" for exchange in recorder.exchanges)
 
         recorder = self.recorder()
-        wait_until(lambda: begun() == len(results), 30, "the slow calls")
+        wait_until(lambda: begun() == len(results), what="the slow calls")
         wait_until(lambda: all(self.tasks.has_token(result.id) for result in results), what="their tokens")
 
     def runs(self, result):
@@ -126,13 +126,13 @@ class Durable:
         Nothing is left in the store, but that the tasks are done.
         """
         recorder = self.recorder(server)
-        wait_until(self.is_idle, 30, "the workers to be idle")
+        wait_until(self.is_idle, what="the workers to be idle")
 
         def deletes():
             return [exchange for exchange in recorder.exchanges if exchange.method == "DELETE" and exchange.ended]
 
-        wait_until(lambda: len(deletes()) >= sessions, 30, f"the end of all sessions; {recorder.methods()}")
-        wait_until(lambda: not self.stored(), 30, f"an empty store; it has {self.stored()}")
+        wait_until(lambda: len(deletes()) >= sessions, what=f"the end of all sessions; {recorder.methods()}")
+        wait_until(lambda: not self.stored(), what=f"an empty store; it has {self.stored()}")
         assert len(recorder.session_ids) == sessions, recorder.methods()
         assert sorted(delete.session_id for delete in deletes()) == sorted(recorder.session_ids)
         for delete in deletes():
@@ -411,7 +411,7 @@ def test_of_two_retries_only_that_which_the_task_has_asked_for_makes_all_calls_a
 
 def test_an_attempt_that_goes_on_beside_its_retry_leaves_the_task_to_that(durable):
     result = durable.tasks.retries_beside.delay()
-    wait_until(lambda: len(durable.runs(result)) == 2, 30, "the second attempt")
+    wait_until(lambda: len(durable.runs(result)) == 2, what="the second attempt")
     durable.assert_ended()
     assert requests(durable.recorder()) == [*HANDSHAKE, CALL, CALL, "DELETE"]
 
@@ -453,7 +453,7 @@ def test_a_killed_task_that_had_detached_its_session_gets_the_same_handle(durabl
     wait_until(lambda: "DELETE" in recorder.methods())
     assert requests(recorder) == [*HANDSHAKE, CALL, *HANDSHAKE, CALL, "DELETE"]
     assert recorder.exchanges[-1].session_id != first.session_id
-    wait_until(lambda: not durable.stored(), 30, "an empty store")
+    wait_until(lambda: not durable.stored(), what="an empty store")
 
 
 # Tasks that do not run again
@@ -560,7 +560,7 @@ def test_a_next_step_that_ends_before_the_killed_one_runs_again_has_closed_the_s
     before = [] if opens else [t.notes.si()]
     result = chain(*before, t.begets.si("after"), t.notes.si()).delay()
     assert durable.get(result) == 1
-    wait_until(lambda: len(durable.runs(result.parent)) == 2, 30, "the second run")
+    wait_until(lambda: len(durable.runs(result.parent)) == 2, what="the second run")
     durable.assert_ended()
     assert calls_of(durable.recorder()) == {"begets": 1, "note": 1 + len(before)}
 
@@ -571,7 +571,7 @@ def test_what_replaces_a_task_has_a_journal_of_its_own(durable, where, when):
     result = durable.tasks.replaces.delay("task", where, when)
     assert durable.get(result)["texts"] == ["first", "done", "last"]
     if when == "after":
-        wait_until(durable.is_idle, 30, "the workers to be idle")  # the killed task may run again until then
+        wait_until(durable.is_idle, what="the workers to be idle")  # the killed task may run again until then
         # The replacement has given the result, which tells Celery that the killed task is done.
         durable.tasks.redis.delete(f"{{mcp_celery}}:journal:{result.id}")
     durable.assert_ended()
@@ -680,7 +680,7 @@ def test_a_soft_time_limit_that_comes_while_a_run_waits_for_the_lease_puts_the_m
     t, store, task_id = durable.tasks, get_store(durable.app.conf), uuid()
     assert store.claim_journal(task_id, "another run", 60).standing == "mine"
     result = t.notes.apply_async(task_id=task_id, soft_time_limit=1, link_error=t.told.si("notes"))
-    wait_until(lambda: durable.is_logged(f"Task durable.notes[{task_id}] received", 2) or result.ready(), 30)
+    wait_until(lambda: durable.is_logged(f"Task durable.notes[{task_id}] received", 2) or result.ready())
     assert not result.ready()
     assert durable.is_logged("Soft time limit (1s) exceeded")
     store.release_journal(task_id, "another run")

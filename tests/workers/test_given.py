@@ -134,7 +134,7 @@ def test_a_session_detached_by_its_last_holder_lives(project, s):
     project.rest()
     (detached,) = project.recorder.session_ids
     assert_well_kept(project.recorder, detached, closed=False)
-    wait_until(lambda: not project.stored(), 30, "an empty store")
+    wait_until(lambda: not project.stored(), what="an empty store")
 
 
 def test_a_session_that_was_given_and_detached_lives(project, s, kept):

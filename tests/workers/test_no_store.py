@@ -27,7 +27,7 @@ class ProjectOnFiles:
         self.recorder.clear()
         before = self._count_ended()
         result = workflow.apply_async()
-        wait_until(lambda: self._count_ended() == before + tasks, 30, f"{tasks} tasks to end")
+        wait_until(lambda: self._count_ended() == before + tasks, what=f"{tasks} tasks to end")
         return result, calls_and_handshake(self.recorder.methods())
 
     def _count_ended(self):

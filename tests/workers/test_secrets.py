@@ -95,7 +95,7 @@ def test_a_session_id_is_nowhere_but_on_the_wire(loud_project, valkey_server):
         assert kept.short_id in inspected
         waiting.get(timeout=60)
         project.sessions_closed(10)
-        wait_until(lambda: sum(e["type"] == "task-succeeded" for e in events.seen) >= 9, 30, "the events")
+        wait_until(lambda: sum(e["type"] == "task-succeeded" for e in events.seen) >= 9, what="the events")
 
     with valkey_server.client() as client:
         client.select(2)

@@ -31,7 +31,7 @@ def test_one_task_opens_the_next_one_resumes_and_the_last_one_closes(project):
     result = steps.apply_async()
     result.get(timeout=60)
     project.sessions_closed()
-    wait_until(lambda: len(of_sessions(project)) == 3, 30, "the end to be logged")
+    wait_until(lambda: len(of_sessions(project)) == 3, what="the end to be logged")
     assert of_sessions(project) == [
         ("recall", "b", "session_closed", "workflow"),
         ("recall", "b", "session_resumed", None),
@@ -51,7 +51,7 @@ def test_the_end_of_a_failed_workflow_is_told_by_the_task_that_failed(project):
     with pytest.raises(ValueError, match="no"):
         project.run(chain(t.add.s(1, 1).set(queue="a"), t.fails.si("no").set(queue="a"), t.add.s(1)))
     project.sessions_closed()
-    wait_until(lambda: len(of_sessions(project)) == 3, 30, "the end to be logged")
+    wait_until(lambda: len(of_sessions(project)) == 3, what="the end to be logged")
     assert ("fails", "a", "session_closed", "workflow") in of_sessions(project)
 
 
@@ -59,5 +59,5 @@ def test_a_loss_is_told_by_the_task_that_finds_it(project):
     t = project.tasks
     project.recorder.answer(status=404, rpc_method="tools/call")
     project.run(t.loses.s([]).set(queue="a"))
-    wait_until(lambda: len(of_sessions(project)) == 2, 30, "the loss to be logged")
+    wait_until(lambda: len(of_sessions(project)) == 2, what="the loss to be logged")
     assert of_sessions(project) == [("loses", "a", "session_lost", None), ("loses", "a", "session_opened", None)]

@@ -174,7 +174,7 @@ def test_workflows_go_on_while_the_store_is_down_and_the_reaper_ends_what_they_l
     assert_one_warning_each(project)
     project.recorder.clear()
     store.start()
-    wait_until(lambda: [record.state for record in store.records()] == ["closed"], 30, "the reaper")
+    wait_until(lambda: [record.state for record in store.records()] == ["closed"], what="the reaper")
     assert [exchange.session_id for exchange in project.recorder.exchanges] == left
     assert ends(project) == [200]
     # Once it is back, all is counted again.

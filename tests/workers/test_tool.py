@@ -124,4 +124,4 @@ def test_a_project_without_a_task_of_its_own_has_workers_and_a_reaper(recorded_p
     recorder.wait_for(lambda exchange: exchange.method == "DELETE" and exchange.ended is not None)
     assert calls_and_handshake(recorder.methods()) == [*HANDSHAKE, CALL, CALL, "DELETE"]
     with Redis.from_url(valkey, decode_responses=True) as client:
-        wait_until(lambda: client.keys("{mcp_celery}:leader:*"), 30, "a reaper that leads")
+        wait_until(lambda: client.keys("{mcp_celery}:leader:*"), what="a reaper that leads")
