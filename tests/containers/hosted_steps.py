@@ -3,8 +3,8 @@
 import os
 from functools import partial
 
+from broker_settings import CONTROL_QUEUE_STAYS_FREE, LOOKS_SOON
 from celery import Celery
-from redelivery import LOOKS_SOON
 
 # Once in a worker, not in each of its processes.
 import mcp_celery.session  # noqa: F401
@@ -31,8 +31,7 @@ app.conf.update(
     # How soon a lost connection is seen.
     broker_heartbeat=2,
     broker_connection_timeout=5,
-    # Or a worker of Celery 5.7 ends with RESOURCE_LOCKED that is back before RabbitMQ knows that it was gone.
-    **({"control_queue_exclusive": False, "control_queue_durable": True} if IS_AMQP else {}),
+    **(CONTROL_QUEUE_STAYS_FREE if IS_AMQP else {}),
     broker_transport_options={} if IS_AMQP else {**REDIS, "visibility_timeout": float(os.environ["VISIBILITY"])},
     redis_socket_timeout=5,
 )

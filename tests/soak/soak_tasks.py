@@ -9,9 +9,9 @@ from functools import partial
 from random import Random
 from typing import Any, Self
 
+from broker_settings import LOOKS_SOON
 from celery import Celery, chain, chord, group
 from celery.canvas import Signature
-from redelivery import LOOKS_SOON
 
 from mcp_celery import MCPTask, tool
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 
 import calls
+from broker_settings import LOOKS_SOON
 from celery import Celery, chain, chord, group
 from celery.exceptions import Reject
 from celery.signals import after_task_publish, before_task_publish
-from redelivery import LOOKS_SOON
 from redis import Redis
 
 # Many processes are killed here, and those that come after them need not load the SDK anew.

@@ -10,6 +10,7 @@ from socket import gethostname
 from urllib.parse import urlsplit
 
 import pytest
+from broker_settings import CONTROL_QUEUE_STAYS_FREE
 from celery import chain, chord, uuid
 from celery.bin.base import CLIContext
 from chaos.tcp_relay import TcpRelay
@@ -51,9 +52,7 @@ class OnRabbitMQ:
             "task_default_queue": self.queue("common"),
             "control_exchange": self.queue("control"),
             "event_exchange": self.queue("events"),
-            # Or a worker of Celery 5.7 ends with RESOURCE_LOCKED that is back before the broker knows that it was gone.
-            "control_queue_exclusive": False,
-            "control_queue_durable": True,
+            **CONTROL_QUEUE_STAYS_FREE,
             "broker_connection_retry_on_startup": True,
             **conf,
         }
