@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,6 +12,19 @@ from pathlib import Path
 from typing import TypeVar
 
 _T = TypeVar("_T")
+
+
+def exit_at_signals() -> None:
+    """Leave the program as by an exception at the first SIGINT or SIGTERM, so that all that it has started ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def leave(number: int, _: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, leave)
 
 
 def wait_until(

@@ -3,7 +3,6 @@
 import argparse
 import secrets
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from arena import SERVERS, Arena  # noqa: E402 - found by the lines above
 from campaign import Campaign, Figures, table  # noqa: E402 - as above
 from outages import AT_ANY_TIME, FAULTS  # noqa: E402 - as above
 from points import IN_MAIN, POINTS  # noqa: E402 - as above
+from processes import exit_at_signals  # noqa: E402 - as above
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,9 +64,7 @@ def run(server: str, seed: int, kills: int, arguments: argparse.Namespace) -> Fi
 
 def main() -> int:
     arguments = parse_arguments()
-    # So that all that was started ends.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda number, _: sys.exit(128 + number))
+    exit_at_signals()
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
     print(f"Seed {seed}", flush=True)
     servers = arguments.server or list(SERVERS)

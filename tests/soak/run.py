@@ -2,7 +2,6 @@
 
 import argparse
 import secrets
-import signal
 import sys
 import time
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "chaos"), str(HERE.parent.parent)]
 
-from soak_chart import draw  # noqa: E402 - found by the lines above
-from soak_stage import LONG_LIVED, SAMPLE_SECONDS, Stage  # noqa: E402 - as above
+from processes import exit_at_signals  # noqa: E402 - found by the lines above
+from soak_chart import draw  # noqa: E402 - as above
+from soak_stage import NEVER_KILLED, SAMPLE_SECONDS, Stage  # noqa: E402 - as above
 from verdict import SHORTEST_SECONDS, judge  # noqa: E402 - as above
 
 #: A workflow is sent so often, unless so many are under way.
@@ -53,9 +53,7 @@ def load(stage: Stage, seconds: float) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    # So that all that was started ends.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda number, _: sys.exit(128 + number))
+    exit_at_signals()
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
     print(f"Seed {seed}, {arguments.minutes:g} minutes of load", flush=True)
     with Stage(seed) as stage:
@@ -67,7 +65,7 @@ def main() -> int:
         (arguments.out / "logs.txt").write_text(stage.logs())
     measured.write(arguments.out)
     draw(measured, arguments.out / "soak.svg")
-    findings = judge(measured, LONG_LIVED)
+    findings = judge(measured, NEVER_KILLED)
     print(*findings or [f"Growth is judged of runs of {SHORTEST_SECONDS / 60:g} minutes or more"], sep="\n")
     interrupted = ", ".join(f"{count} {name}" for name, count in ledger.interrupted.items()) or "none"
     shapes = ", ".join(f"{count} {shape}" for shape, count in ledger.right.items())

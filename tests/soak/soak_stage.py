@@ -38,7 +38,7 @@ WORKERS = {
     "gevent": (SPARED, ("-P", "gevent", "-c", "20")),
 }
 #: Processes that live as long as the soak.
-LONG_LIVED = ("server main", "valkey main", "prefork main", "threads main", "gevent main")
+NEVER_KILLED = ("server main", "valkey main", "prefork main", "threads main", "gevent main")
 #: Children of "prefork" that are never killed, so that there is a line of them.
 SPARED_CHILDREN = 2
 #: A workflow that takes longer hangs.
